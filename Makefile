@@ -1,0 +1,44 @@
+# Every target makes its own .venv where it is missing or older than pyproject.toml.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.made
+
+.PHONY: quickstart test check docs bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make quickstart   a real model gets early exits and generates with them (under 10 minutes on two cores)"
+	@echo "make test         all tests"
+	@echo "make check        style, types, layers"
+	@echo "make docs         the documentation, into site/"
+	@echo "make bench        speed against transformers on this machine"
+
+# torch comes first and by its exact number, so that every environment computes with the same one
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+quickstart: $(STAMP)
+	$(BIN)/python examples/quickstart.py $(if $(TUNE_STEPS),--tune-steps $(TUNE_STEPS))
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+	$(BIN)/lint-imports
+
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	$(BIN)/mkdocs build --strict
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/decode.py
+
+clean:
+	rm -rf $(VENV) site quickstart .pytest_cache .ruff_cache .hypothesis *.egg-info

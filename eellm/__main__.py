@@ -1,0 +1,7 @@
+"""`python -m eellm` is `eellm`."""
+
+import sys
+
+from eellm.cli.main import main
+
+sys.exit(main())

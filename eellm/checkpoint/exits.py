@@ -1,0 +1,127 @@
+"""Exits on disk: exits.json (what they are) and exits.safetensors (their weights), beside a model or on their own.
+
+exits.json, format 1:
+    {"format_version": 1,
+     "base": {"path": "../base", "sha256": "…"},      of an adapter directory; null inside a model directory
+     "weights_sha256": "…",                            of exits.safetensors, so that a half-replaced pair is refused
+     "exits": [{"layer": 10, "kind": "mlp", "head": "tied", "norm": "own", "gate_size": 0}, …]}
+
+Weights are named `<layer>.<parameter>`. What an exit shares with the final head isn't stored.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eellm.checkpoint.files import (
+    fingerprint,
+    read_json,
+    read_tensors,
+    replacing,
+    weight_files,
+    write_json,
+    write_tensors,
+)
+from eellm.config.load import from_dict
+from eellm.config.model import ExitConfig
+from eellm.errors import BaseMismatchError, CheckpointError, UnsupportedError
+from eellm.exits.heads import Exit
+from eellm.exits.lm import EarlyExitLM
+
+EXITS_JSON = "exits.json"
+EXITS_FILE = "exits.safetensors"
+FORMAT_VERSION = 1
+
+
+def write_exits(
+    directory: Path, model: EarlyExitLM, *, base: dict[str, str] | None, layers: Sequence[int] | None = None
+) -> None:
+    """Writes both files into `directory`, which the caller replaces as a whole. layers: of the exits; None: all."""
+    chosen = [e for e in model.config.exits if layers is None or e.layer in layers]
+    tensors = {f"{e.layer}.{name}": t for e in chosen for name, t in model.exit(e.layer).state_dict().items()}
+    write_tensors(directory / EXITS_FILE, tensors)
+    data = {
+        "format_version": FORMAT_VERSION,
+        "base": base,
+        "weights_sha256": fingerprint([directory / EXITS_FILE]),
+        "exits": [dataclasses.asdict(e) for e in chosen],
+    }
+    write_json(directory / EXITS_JSON, data)
+
+
+def save_adapter(
+    model: EarlyExitLM, directory: str | Path, *, base: str | Path, layers: Sequence[int] | None = None
+) -> None:
+    """Writes the model's exits as an adapter of the model directory `base`, which they were made for.
+
+    layers: of the exits that belong to the adapter; None: all that the model has.
+    """
+    directory, base = Path(directory), Path(base)
+    place = os.path.relpath(base.resolve(), directory.resolve())
+    with replacing(directory, marker=EXITS_JSON) as temporary:
+        named = {"path": place, "sha256": fingerprint(weight_files(base))}
+        write_exits(temporary, model, base=named, layers=layers)
+
+
+def load_exits(model: EarlyExitLM, directory: Path, *, base: Path | None = None) -> None:
+    """Adds the exits stored in `directory` to `model`; `base` is the model's own directory, for adapters.
+
+    Raises UnsupportedError for a newer format, BaseMismatchError for an adapter of another base, CheckpointError for
+    weights that don't fit.
+    """
+    data = read_exits_json(directory)
+    if data["base"] is not None and base is not None:
+        _check_base(directory, data["base"], base)
+    exits = tuple(from_dict(ExitConfig, entry, f"exits[{i}]") for i, entry in enumerate(data["exits"]))
+    file = directory / EXITS_FILE
+    tensors = dict(read_tensors(file))
+    if fingerprint([file]) != data.get("weights_sha256"):
+        raise CheckpointError(f"{file} doesn't belong to the {EXITS_JSON} beside it; write the exits again")
+    model.config = model.config.with_exits((*model.config.exits, *exits))
+    like = model.decoder.embed.weight
+    for exit_config in exits:
+        with torch.device("meta"):
+            exit = Exit(model.config, exit_config)
+        prefix = f"{exit_config.layer}."
+        own = {n.removeprefix(prefix): t.to(like) for n, t in tensors.items() if n.startswith(prefix)}
+        try:
+            exit.load_state_dict(own, assign=True)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{file}: exit {exit_config.layer} doesn't fit: {' '.join(str(error).split())}"
+            ) from None
+        model.exits[str(exit_config.layer)] = exit.eval()
+
+
+def read_exits_json(directory: Path) -> dict[str, Any]:
+    """The content of exits.json, with its version checked."""
+    data = read_json(directory / EXITS_JSON)
+    version = data.get("format_version")
+    if not isinstance(version, int) or version < 1 or not isinstance(data.get("exits"), list):
+        raise CheckpointError(f"{directory / EXITS_JSON} is not an exits file: format_version = {version!r}")
+    if version > FORMAT_VERSION:
+        raise UnsupportedError(
+            f"{directory / EXITS_JSON} has format {version}, this release reads up to {FORMAT_VERSION}; upgrade eellm"
+        )
+    return {"base": None, **data}
+
+
+def base_of(adapter: Path) -> Path:
+    """The model directory that an adapter directory names."""
+    base = read_exits_json(adapter)["base"]
+    if base is None:
+        raise CheckpointError(f"{adapter} has exits but neither a model nor the name of its base")
+    return adapter / base["path"]
+
+
+def _check_base(adapter: Path, named: dict[str, str], base: Path) -> None:
+    found = fingerprint(weight_files(base))
+    if found != named.get("sha256"):
+        raise BaseMismatchError(
+            f"the exits in {adapter} were made for another base ({named.get('path')}, sha256 "
+            f"{str(named.get('sha256'))[:12]}…) than {base} ({found[:12]}…); use that base, or add exits to this one"
+        )

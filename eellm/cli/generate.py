@@ -1,0 +1,114 @@
+"""`eellm generate MODEL --prompt TEXT`."""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from eellm.checkpoint.hf import load
+from eellm.cli.options import Layers, Thresholds, parse
+from eellm.cli.show import legend, show_token, summary
+from eellm.config.infer import GenerateConfig, Method, PolicyName, Sampling
+from eellm.errors import RequestError
+from eellm.infer.engine import Run, Token, stream
+
+
+@dataclass(frozen=True)
+class Options:
+    """Continues a prompt. The text goes to stdout as it is made, the exits and what they saved to stderr."""
+
+    model: tyro.conf.Positional[str]
+    """A model directory, an adapter directory, a .gguf file or a hub id."""
+    prompt: str
+    """The text to continue; `-` reads it from stdin."""
+    adapter: Path | None = None
+    """A directory with exits for this model."""
+    chat: bool = False
+    """Take the prompt as a user's message and render it with the model's chat template."""
+    max_new_tokens: int = 64
+    """Upper bound on the tokens generated."""
+    method: Method = "early"
+    """Every token through every layer, or each leaving at the first exit that is sure enough."""
+    policy: PolicyName = "max_prob"
+    """The score in [0, 1] that says how sure an exit is."""
+    threshold: Thresholds = 0.8
+    """An exit is taken at a score of at least this; 1 or more turns exits off."""
+    exits: Layers = None
+    """Layers of the exits in use. Default: all."""
+    max_deferred: int = 16
+    """Most rows that may wait for their deeper layers."""
+    temperature: float = 0.0
+    """0: greedy."""
+    top_k: int = 0
+    """Only the k likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together hold this probability."""
+    min_p: float = 0.0
+    """Only tokens with this share of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens seen before become less likely."""
+    seed: int | None = None
+    """Makes the draws repeatable."""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A string that ends the text; may be given several times."""
+    ignore_eos: bool = False
+    """Go on after an end-of-text token."""
+    dtype: str = "float32"
+    """Of the computation: float32, bfloat16, float16 or float64."""
+    device: str = "cpu"
+    """Where to compute."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+
+def main(args: list[str]) -> None:
+    options = parse(Options, args, verb="generate")
+    model = load(options.model, options.adapter, dtype=options.dtype, device=options.device)
+    text = sys.stdin.read() if options.prompt == "-" else options.prompt
+    if not text:
+        raise RequestError("the prompt is empty")
+    run = stream(model, [{"role": "user", "content": text}] if options.chat else text, _config(options))
+    if options.json:
+        print(json.dumps(as_json(run, list(run)), ensure_ascii=False))
+        return
+    num_layers = model.config.num_layers
+    out, err = Console(), Console(stderr=True, soft_wrap=True)
+    for token in run:
+        show_token(out, token, num_layers)
+    out.print()
+    err.print(legend(run.exits, num_layers), summary(run.stats()), sep="\n", highlight=False)
+
+
+def as_json(run: Run, tokens: list[Token]) -> dict:
+    """The contract of `--json`: text, tokens, stats."""
+    return {
+        "text": "".join(token.text for token in tokens),
+        "tokens": [asdict(token) for token in tokens],
+        "stats": asdict(run.stats()),
+        "finish_reason": run.finish_reason,
+    }
+
+
+def _config(options: Options) -> GenerateConfig:
+    sampling = Sampling(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        seed=options.seed,
+    )
+    return GenerateConfig(
+        max_new_tokens=options.max_new_tokens,
+        method=options.method,
+        policy=options.policy,
+        threshold=options.threshold,
+        exits=options.exits,
+        max_deferred=options.max_deferred,
+        sampling=sampling,
+        stop=options.stop,
+        ignore_eos=options.ignore_eos,
+    )

@@ -1,0 +1,49 @@
+"""`eellm VERB …`: one module per verb, imported when it is named, so that help and mistakes cost no torch import.
+
+Data goes to stdout, logs to stderr. Exit codes: 0, 2 for what the user can mend (one line says what), 130 for Ctrl-C.
+"""
+
+import sys
+from importlib import import_module
+
+from eellm.errors import ConfigError, EellmError, did_you_mean
+from eellm.log import log_to_stderr
+
+VERBS = {
+    "import": ("eellm.cli.import_", "read a Hugging Face directory or .gguf file, write a Hugging Face directory"),
+    "add-exits": ("eellm.cli.add_exits", "give a model early exits, as an adapter directory"),
+    "tune": ("eellm.cli.tune", "train the exits of a model whose backbone is frozen (EE-Tuning)"),
+    "generate": ("eellm.cli.generate", "continue a prompt, each token leaving at the first exit that is sure enough"),
+    "evaluate": ("eellm.cli.evaluate", "measure each exit on a text; quality against speed over thresholds"),
+}
+
+
+def main(args: list[str] | None = None) -> int:
+    """Runs one verb; returns the process's exit code."""
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if args[0] == "--version":
+        print(import_module("eellm").__version__)
+        return 0
+    log_to_stderr()
+    try:
+        if args[0] not in VERBS:
+            raise ConfigError(f"unknown command '{args[0]}'{did_you_mean(args[0], VERBS)}; see 'eellm --help'")
+        import_module(VERBS[args[0]][0]).main(args[1:])
+    except EellmError as error:
+        print(f"eellm: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our stdout has left: nothing to say, and nowhere to say it
+        sys.stderr.close()
+        return 0
+    return 0
+
+
+def _help() -> str:
+    width = max(map(len, VERBS)) + 2
+    lines = [f"  {verb:{width}}{text}" for verb, (_, text) in VERBS.items()]
+    return "\n".join(["usage: eellm COMMAND …", "", *lines, "", "eellm COMMAND --help lists a command's options."])

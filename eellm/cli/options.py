@@ -1,0 +1,100 @@
+"""Command-line options from dataclasses (tyro), with errors on one line and the two list types that verbs share."""
+
+import contextlib
+import dataclasses
+import io
+import re
+from collections.abc import Iterator
+from typing import Annotated, TypeVar, get_type_hints
+
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
+
+from eellm.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+
+
+def parse(cls: type[T], args: list[str], *, verb: str, default: T | None = None) -> T:
+    """`args` as an instance of the dataclass `cls`; what they leave out comes from `default`.
+
+    Raises ConfigError with one line for an unknown option (with the nearest right one) or a bad value.
+    """
+    _refuse_unknown(cls, args, verb)
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                cls,
+                args=args,
+                prog=f"eellm {verb}",
+                description=cls.__doc__,
+                default=default,
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):  # --help
+            raise
+        raise ConfigError(_one_line(errors.getvalue(), verb)) from None
+
+
+def _refuse_unknown(cls: type, args: list[str], verb: str) -> None:
+    known = {"--help", *_flags(cls, "--")}
+    for word in args:
+        flag = word.split("=")[0]
+        if flag.startswith("--") and " " not in flag and flag.replace("_", "-") not in known:
+            raise ConfigError(f"unknown option '{flag}'{did_you_mean(flag, known)}; see 'eellm {verb} --help'")
+
+
+def _flags(cls: type, prefix: str) -> Iterator[str]:
+    """Every flag of a dataclass, its nested ones with dots."""
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        name = field.name.replace("_", "-")
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _flags(hints[field.name], f"{prefix}{name}.")
+        else:
+            yield from (f"{prefix}{name}", f"{prefix}no-{name}")
+
+
+def _one_line(box: str, verb: str) -> str:
+    """The message inside the box that tyro prints."""
+    lines = [re.sub(r"^[│╭╰─\s]+|[│╮╯─\s]+$", "", line) for line in box.splitlines()]
+    text = " ".join(line for line in lines[1:] if line)
+    message = re.split(r" For full helptext| Argument helptext", text)[0].strip()
+    return f"{message}; see 'eellm {verb} --help'"
+
+
+def _layers(words: list[str]) -> tuple[int, ...] | None:
+    return None if words[0] == "all" else tuple(int(word) for word in words[0].split(","))
+
+
+def _threshold(words: list[str]) -> float | dict[int, float]:
+    if "=" not in words[0]:
+        return float(words[0])
+    pairs = (word.split("=") for word in words[0].split(","))
+    return {int(layer): float(value) for layer, value in pairs}
+
+
+Layers = Annotated[
+    tuple[int, ...] | None,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="10,20",
+        instance_from_str=_layers,
+        is_instance=lambda value: value is None or isinstance(value, tuple),
+        str_from_instance=lambda value: ["all" if value is None else ",".join(map(str, value))],
+    ),
+]
+"""Layer numbers, separated by commas."""
+
+Thresholds = Annotated[
+    float | dict[int, float],
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="0.8|10=0.7,20=0.9",
+        instance_from_str=_threshold,
+        is_instance=lambda value: isinstance(value, float | dict),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+"""One threshold, or one per exit layer."""

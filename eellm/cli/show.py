@@ -1,0 +1,46 @@
+"""Tokens in the terminal, coloured by the layer they left at, with the layer told in words too."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from eellm.infer.engine import Stats, Token
+
+# From early to late: distinguishable with the common colour blindnesses (Okabe and Ito's palette).
+PALETTE = ("#009e73", "#56b4e9", "#0072b2", "#cc79a7", "#e69f00", "#d55e00")
+
+
+def colour(layer: int, num_layers: int) -> str | None:
+    """The colour of an exit layer; None (the terminal's own) for the final one."""
+    if layer >= num_layers:
+        return None
+    return PALETTE[(layer - 1) * len(PALETTE) // max(num_layers - 1, 1)]
+
+
+def show_token(console: Console, token: Token, num_layers: int) -> None:
+    """One token, as it comes."""
+    name = colour(token.exit, num_layers)
+    style = Style() if name is None else Style(color=name, underline=True)
+    console.print(Text(token.text, style), end="", soft_wrap=True, highlight=False)
+
+
+def legend(exits: Sequence[int], num_layers: int) -> Text:
+    """`exit 10: 12 tokens · exit 20: 5 tokens · final (30): 47 tokens`, each in its colour."""
+    parts = []
+    for layer, count in sorted(Counter(exits).items()):
+        name = f"final ({layer})" if layer == num_layers else f"exit {layer}"
+        tokens = "token" if count == 1 else "tokens"
+        parts.append(Text(f"{name}: {count} {tokens}", colour(layer, num_layers) or ""))
+    return Text(" · ").join(parts)
+
+
+def summary(stats: Stats) -> str:
+    """One line: how deep, how much was saved, how fast."""
+    saved = 1 - stats.layers_run / stats.layers_full
+    return (
+        f"{stats.new_tokens} tokens, mean exit layer {stats.mean_exit_layer:.1f}, {stats.layers_run} of "
+        f"{stats.layers_full} layer passes run ({saved:.0%} saved), {stats.tokens_per_s:.1f} tokens/s"
+    )

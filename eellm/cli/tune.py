@@ -1,0 +1,18 @@
+"""`eellm tune RECIPE.toml [--optim.lr 1e-3 …]`."""
+
+from pathlib import Path
+
+from eellm.cli.options import parse
+from eellm.config.load import from_toml
+from eellm.config.tune import TuneConfig
+from eellm.errors import ConfigError
+from eellm.train.tune import tune
+
+
+def main(args: list[str]) -> None:
+    if not args or args[0].startswith("-"):
+        if "--help" in args or "-h" in args:
+            parse(TuneConfig, ["--help"], verb="tune RECIPE.toml")
+        raise ConfigError("name the recipe first: eellm tune RECIPE.toml [--optim.lr 1e-3 …]")
+    recipe = from_toml(TuneConfig, Path(args[0]))
+    tune(parse(TuneConfig, args[1:], verb="tune", default=recipe))

@@ -1,0 +1,37 @@
+"""Checks that config dataclasses share. Each names the field, its value and what would be right."""
+
+from collections.abc import Iterable
+from typing import Any, get_args, get_type_hints
+
+from eellm.errors import ConfigError, did_you_mean
+
+
+def check_literals(config: Any) -> None:
+    """Every field annotated `Literal[...]` holds one of its words."""
+    for name, hint in get_type_hints(type(config)).items():
+        words = get_args(hint)
+        if words and all(isinstance(word, str) for word in words):
+            check_choice(name, getattr(config, name), words)
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    choices = tuple(choices)
+    if value not in choices:
+        hint = did_you_mean(str(value), choices)
+        raise ConfigError(f"{name} = {value!r}: must be one of {', '.join(choices)}{hint}")
+
+
+def check_at_least(config: Any, minimum: float, *names: str) -> None:
+    """Each named field is a number of at least `minimum` (None passes: the field is unset)."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= minimum:
+            raise ConfigError(f"{name} = {value!r}: must be at least {minimum}")
+
+
+def check_fraction(config: Any, *names: str) -> None:
+    """Each named field lies in [0, 1]."""
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{name} = {value!r}: must lie between 0 and 1")

@@ -1,0 +1,100 @@
+"""What a user asks of generation: sampling, the method, the exit rule. Plain numbers, no torch."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Literal
+
+from eellm.config.check import check_at_least, check_fraction, check_literals
+from eellm.errors import ConfigError
+
+Method = Literal["full", "early"]
+PolicyName = Literal["max_prob", "margin", "entropy", "gate"]
+Threshold = float | Mapping[int, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a token is drawn from the logits of the exit taken. The default is greedy."""
+
+    temperature: float = 0.0
+    """Divides the logits; 0 takes the most likely token."""
+    top_k: int = 0
+    """Only the k most likely tokens; 0: all."""
+    top_p: float = 1.0
+    """Only the most likely tokens that together hold this probability."""
+    min_p: float = 0.0
+    """Only tokens with at least this share of the most likely one's probability."""
+    repetition_penalty: float = 1.0
+    """Above 1: logits of tokens seen before (prompt included) are divided by it, or multiplied where negative."""
+    seed: int | None = None
+    """Makes a request's draws repeatable, whatever runs beside it. Every prompt of a call starts from this seed."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 0, "temperature", "top_k")
+        check_fraction(self, "top_p", "min_p")
+        if not self.repetition_penalty > 0:
+            raise ConfigError(f"repetition_penalty = {self.repetition_penalty!r}: must be above 0")
+        if not math.isfinite(self.temperature):
+            raise ConfigError(f"temperature = {self.temperature!r}: must be finite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """One request's options, apart from its prompt."""
+
+    max_new_tokens: int = 64
+    """Upper bound on the tokens generated."""
+    method: Method = "early"
+    """`full`: every token through every layer. `early`: each token leaves at the first exit that is sure enough."""
+    policy: PolicyName = "max_prob"
+    """The score in [0, 1] that says how sure an exit is."""
+    threshold: Threshold = 0.8
+    """An exit is taken at a score of at least this; 1 or more turns exits off. One number, or one per exit layer."""
+    exits: tuple[int, ...] | None = None
+    """Layers of the exits in use; unset, all that the model has (or that `threshold` names)."""
+    max_deferred: int = 16
+    """Most rows that may wait for their deeper layers before one pass through the full depth is forced."""
+    sampling: Sampling = Sampling()
+    """How tokens are drawn."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the text; they are cut off it."""
+    ignore_eos: bool = False
+    """Go on after an end-of-text token."""
+
+    def __post_init__(self) -> None:
+        check_literals(self)
+        check_at_least(self, 1, "max_new_tokens", "max_deferred")
+        for value in self.threshold.values() if isinstance(self.threshold, Mapping) else (self.threshold,):
+            _check_threshold(value)
+        if any(not text for text in self.stop):
+            raise ConfigError("stop = '': an empty stop string would end every text at once")
+
+
+def _check_threshold(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not value >= 0:  # NaN fails the comparison
+        raise ConfigError(f"threshold = {value!r}: must be a number of at least 0 (1 or more turns exits off)")
+
+
+def thresholds_by_layer(options: GenerateConfig, exit_layers: tuple[int, ...]) -> dict[int, float]:
+    """The exits that can be taken, each with its threshold; those at 1 or above are off and left out.
+
+    Raises ConfigError for a layer that has no exit.
+    """
+    threshold = options.threshold
+    named = options.exits
+    if named is None:
+        named = tuple(threshold) if isinstance(threshold, Mapping) else exit_layers
+    for layer in named:
+        if layer not in exit_layers:
+            have = ", ".join(map(str, exit_layers)) or "none"
+            raise ConfigError(f"exits: the model has no exit at layer {layer}; it has {have}")
+    if isinstance(threshold, Mapping):
+        missing = [layer for layer in named if layer not in threshold]
+        if missing:
+            raise ConfigError(f"threshold: none given for the exit at layer {missing[0]}")
+        chosen = {layer: float(threshold[layer]) for layer in named}
+    else:
+        chosen = dict.fromkeys(named, float(threshold))
+    return {layer: tau for layer, tau in sorted(chosen.items()) if tau < 1}

@@ -1,0 +1,158 @@
+"""The exit as an autograd node: identity forward, and in its backward the exit's loss joins the gradient.
+
+    y = exit_loss_node(x, head, objective, weight=w)      y == x;      ∂L/∂x = ∂L/∂y + ∂(w · L_e)/∂x
+
+The gradient is that of EE-LLM's auxiliary loss w · L_e + ⟨∂L/∂y, x⟩ (arXiv 2312.04916 §3), and whoever runs forward and
+backward (a loop, a pipeline schedule, FSDP) need not know that there is an exit. The head runs in the backward only
+(deferred) and over chunks of rows: of the logits, one chunk is alive at a time.
+Shapes: B sequences, T rows, N = B·T flattened rows or a chunk of them, D hidden, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eellm.exits.lm import ExitHead
+
+IGNORE = -100
+"""The label of rows without a target, as in torch's cross entropy."""
+
+
+class Objective(Protocol):
+    """The loss of a chunk of rows."""
+
+    def __call__(self, z_ND: Tensor, logits_NV: Tensor, rows: slice) -> Tensor:
+        """Sum of the loss over the rows, a scalar; `rows` says which of the flattened rows the chunk holds."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class CrossEntropy:
+    """Masked cross entropy of logits / T, optionally weighted by the detached confidence of each row."""
+
+    labels_N: Tensor
+    """Next-token ids, IGNORE where there is no target."""
+    temperature: float = 1.0
+    """T. The losses are not rescaled by T²."""
+    confidence_weighting: bool = False
+    """Multiplies each row's loss by its largest softmax probability, held constant."""
+
+    def __call__(self, z_ND: Tensor, logits_NV: Tensor, rows: slice) -> Tensor:
+        logits_NV = upcast(logits_NV)
+        loss_N = cross_entropy(logits_NV / self.temperature, self.labels_N[rows])
+        if self.confidence_weighting:
+            loss_N = loss_N * logits_NV.detach().softmax(-1).amax(-1)
+        return loss_N.sum()
+
+
+def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """Per row, (N,); 0 where the label is IGNORE."""
+    return F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE, reduction="none")
+
+
+def upcast(logits: Tensor) -> Tensor:
+    """Half precision → float32; float32 and float64 stay."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def count_targets(labels: Tensor) -> Tensor:
+    """Number of rows with a target, at least 1; a float64 scalar."""
+    return (labels != IGNORE).sum().clamp(min=1).double()
+
+
+def exit_loss_node(
+    x_BTD: Tensor,
+    head: ExitHead,
+    objective: Objective,
+    *,
+    weight: float | Tensor,
+    chunk_size: int = 1024,
+    more_parameters: Sequence[nn.Parameter] = (),
+    report: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """`x_BTD`, unchanged, with the exit's loss behind it.
+
+    weight: what the objective's sum is multiplied with, such as exit weight / number of target tokens of the whole
+    batch. chunk_size: rows whose logits exist at a time. more_parameters: those that the objective itself reads (a
+    gate). report: called in the backward with the detached, unweighted sum; a split backward calls it twice, with the
+    same value.
+    """
+    parameters = [p for p in (*head.parameters, *more_parameters) if p.requires_grad]
+    call = _Call(head, objective, weight, chunk_size, report)
+    return _ExitLoss.apply(x_BTD, call, *parameters)
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    head: ExitHead
+    objective: Objective
+    weight: float | Tensor
+    chunk_size: int
+    report: Callable[[Tensor], None] | None
+
+
+class _ExitLoss(torch.autograd.Function):
+    """Parameters are inputs of the node, so that autograd's hooks on them (DDP, FSDP) fire as for any other.
+
+    The backward is a pure function of what was saved and touches no `.grad`: a zero-bubble schedule may run it once for
+    x and again for the parameters. (It does all the work both times; torch doesn't tell a Python node what is wanted.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BTD: Tensor, call: _Call, *parameters: Tensor) -> Tensor:
+        ctx.call, ctx.parameters = call, parameters
+        device = x_BTD.device.type
+        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        ctx.save_for_backward(x_BTD)
+        return x_BTD.clone()  # NOTE not a view: zero-bubble schedules detach in place
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        (x_BTD,) = ctx.saved_tensors
+        needs_x, _, *needs = ctx.needs_input_grad
+        wanted = [p for p, need in zip(ctx.parameters, needs, strict=True) if need]
+        device, dtype, enabled = ctx.autocast
+        with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
+            loss, grad_x, grads = chunked_gradients(x_BTD, ctx.call, wanted, needs_x=needs_x)
+        if ctx.call.report is not None:
+            ctx.call.report(loss)
+        found = dict(zip(wanted, grads, strict=True))
+        return None if grad_x is None else grad_y + grad_x, None, *(found.get(p) for p in ctx.parameters)
+
+
+def chunked_gradients(
+    x_BTD: Tensor, call: _Call, parameters: Sequence[Tensor], *, needs_x: bool
+) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
+    """The loss (unweighted sum) and the gradients of weight · loss for x and each parameter."""
+    x_BTD = x_BTD.detach().requires_grad_(needs_x)
+    z_BTD = call.head.hidden(x_BTD)
+    z_ND = z_BTD.detach().flatten(0, -2)
+    grad_ND = torch.empty_like(z_ND)
+    totals: list[Tensor | None] = [None] * len(parameters)
+    loss_sum = torch.zeros(
+        (), dtype=torch.float64 if z_ND.dtype == torch.float64 else torch.float32, device=x_BTD.device
+    )
+    for start in range(0, len(z_ND), call.chunk_size):
+        rows = slice(start, min(start + call.chunk_size, len(z_ND)))
+        chunk_ND = z_ND[rows].requires_grad_()
+        loss = call.objective(chunk_ND, call.head.logits(chunk_ND), rows)
+        grad_ND[rows], *grads = torch.autograd.grad(loss * call.weight, (chunk_ND, *parameters), allow_unused=True)
+        totals = [_add(total, grad) for total, grad in zip(totals, grads, strict=True)]
+        loss_sum += loss.detach()
+    inputs = [x_BTD] * needs_x + list(parameters)
+    if z_BTD.requires_grad and inputs:
+        grads = torch.autograd.grad(z_BTD, inputs, grad_ND.view_as(z_BTD), allow_unused=True)
+        grad_x = grads[0] if needs_x else None
+        totals = [_add(total, grad) for total, grad in zip(totals, grads[needs_x:], strict=True)]
+        return loss_sum, grad_x, totals
+    return loss_sum, None, totals
+
+
+def _add(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    if total is None or grad is None:
+        return grad if total is None else total
+    return total.add_(grad)

@@ -1,0 +1,69 @@
+"""From what a user asks to what can be run: a prompt's token ids and the exits in use, all checked before any work."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from eellm.config.infer import GenerateConfig, thresholds_by_layer
+from eellm.errors import ConfigError, RequestError
+from eellm.exits.lm import EarlyExitLM
+
+Message = Mapping[str, str]
+Prompt = str | Sequence[int] | Sequence[Message]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt with its options, ready to run."""
+
+    tokens: list[int]
+    thresholds: dict[int, float]
+    """By layer, the exits that can be taken. Empty: full depth."""
+    options: GenerateConfig
+
+    def capacity(self, max_seq_len: int) -> int:
+        """Rows that the caches must hold."""
+        return min(len(self.tokens) + self.options.max_new_tokens, max_seq_len)
+
+
+def make_request(model: EarlyExitLM, prompt: Prompt, options: GenerateConfig) -> Request:
+    """Raises RequestError for a prompt that can't be served, ConfigError for options that the model doesn't have."""
+    tokens = prompt_tokens(model, prompt)
+    limit = model.config.max_seq_len
+    if len(tokens) >= limit:
+        raise RequestError(
+            f"the prompt has {len(tokens)} tokens; the model's context is {limit} and needs room for one"
+        )
+    if options.stop and model.tokenizer is None:
+        raise RequestError("stop strings need a tokenizer, and the model has none")
+    thresholds = thresholds_by_layer(options, model.config.exit_layers) if options.method == "early" else {}
+    if options.policy == "gate":
+        for layer in thresholds:
+            if model.exit(layer).gate is None:
+                raise ConfigError(
+                    f"policy = 'gate': the exit at layer {layer} has no gate; tune one, or use 'max_prob'"
+                )
+    return Request(tokens=tokens, thresholds=thresholds, options=options)
+
+
+def prompt_tokens(model: EarlyExitLM, prompt: Prompt) -> list[int]:
+    """A string is encoded, messages go through the chat template, token ids are checked and taken as they are."""
+    if isinstance(prompt, str):
+        tokens = _tokenizer(model).encode(prompt) if prompt else []
+    elif prompt and isinstance(prompt[0], Mapping):
+        tokenizer = _tokenizer(model)
+        tokens = tokenizer.encode(tokenizer.apply_chat(prompt), add_special_tokens=False)
+    else:
+        tokens = list(prompt)
+    if not tokens:
+        raise RequestError("the prompt is empty")
+    size = model.config.vocab_size
+    for token in tokens:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < size:
+            raise RequestError(f"prompt token {token!r}: ids are whole numbers from 0 to {size - 1}")
+    return tokens
+
+
+def _tokenizer(model: EarlyExitLM):
+    if model.tokenizer is None:
+        raise RequestError("the model has no tokenizer; give the prompt as a list of token ids")
+    return model.tokenizer

@@ -1,0 +1,61 @@
+"""Drawing a token from logits: repetition penalty → temperature → top-k → top-p → min-p → draw.
+
+One uniform draw per token from the request's own generator, so that a request's tokens depend on its seed alone.
+Shapes: V vocabulary.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from eellm.config.infer import Sampling
+
+
+class Sampler:
+    """One request's sampling state: its generator and the tokens that the penalty applies to."""
+
+    def __init__(self, sampling: Sampling, prompt: Iterable[int], device: torch.device) -> None:
+        self.sampling = sampling
+        self.seen = torch.tensor(sorted(set(prompt)), device=device)
+        self.generator = torch.Generator(device)
+        if sampling.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(sampling.seed)
+
+    def draw(self, logits_V: Tensor) -> int:
+        """The next token's id, from raw float32 logits."""
+        sampling = self.sampling
+        if sampling.repetition_penalty != 1.0:
+            logits_V = penalised(logits_V, self.seen, sampling.repetition_penalty)
+        if sampling.temperature == 0:
+            token = int(logits_V.argmax())
+        else:
+            probabilities_V = filtered(logits_V / sampling.temperature, sampling)
+            token = int(torch.multinomial(probabilities_V, 1, generator=self.generator))
+        if sampling.repetition_penalty != 1.0:
+            self.seen = torch.cat((self.seen, self.seen.new_tensor([token])))
+        return token
+
+
+def penalised(logits_V: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Makes tokens seen before less likely, for a penalty above 1 (CTRL, arXiv 1909.05858)."""
+    chosen = logits_V[seen]
+    return logits_V.index_copy(0, seen, torch.where(chosen > 0, chosen / penalty, chosen * penalty))
+
+
+def filtered(logits_V: Tensor, sampling: Sampling) -> Tensor:
+    """Probabilities after top-k, top-p and min-p, each on what the one before left. The likeliest always stays."""
+    if 0 < sampling.top_k < logits_V.shape[-1]:
+        kth = logits_V.topk(sampling.top_k).values[-1]
+        logits_V = logits_V.masked_fill(logits_V < kth, -torch.inf)
+    if sampling.top_p < 1:
+        sorted_V, order = logits_V.softmax(-1).sort(descending=True)
+        beyond = sorted_V.cumsum(-1) - sorted_V >= sampling.top_p
+        beyond[0] = False
+        logits_V = logits_V.masked_fill(torch.zeros_like(beyond).scatter(0, order, beyond), -torch.inf)
+    probabilities_V = logits_V.softmax(-1)
+    if sampling.min_p > 0:
+        probabilities_V = probabilities_V.where(probabilities_V >= sampling.min_p * probabilities_V.max(), 0)
+    return probabilities_V

@@ -1,0 +1,81 @@
+"""The backbone: a plain decoder-only Transformer. It knows nothing of exits, devices or files.
+
+tokens → `embed` → layers "1" .. "L" → `norm` → `output` → logits. Layers are keyed by their number, so that a slice of
+the model (a pipeline stage) has the same parameter names as the whole. `run` moves hidden states through a range of
+layers: what sits between two exits is one call.
+Shapes: B sequences, T rows, D hidden, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from eellm.config.model import ModelConfig
+from eellm.model.cache import KVCache
+from eellm.model.layers import Layer, RMSNorm, Rows
+from eellm.model.rope import Rope
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rope = Rope(config)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        numbers = range(1, config.num_layers + 1)
+        self.layers = nn.ModuleDict({str(n): Layer(config, config.window(n)) for n in numbers})
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie()
+
+    def tie(self) -> None:
+        """Makes the output matrix the embedding matrix again, where the config says so."""
+        if self.config.tie_embeddings:
+            self.output.weight = self.embed.weight
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Logits (B, T, V) of whole sequences."""
+        h_BTD = self.run(self.embed(tokens_BT), 1, self.config.num_layers, self.rows(0, tokens_BT.shape[1]))
+        return self.output(self.norm(h_BTD))
+
+    def run(self, h_BTD: Tensor, first: int, last: int, rows: Rows, cache: KVCache | None = None) -> Tensor:
+        """Moves hidden states through layers `first` to `last`, both included."""
+        for n in range(first, last + 1):
+            h_BTD = self.layers[str(n)](h_BTD, rows, None if cache is None else cache[n])
+        return h_BTD
+
+    def rows(self, start: int, num_rows: int) -> Rows:
+        """Rows at positions start .. start + num_rows - 1, which see all before them (through a cache)."""
+        weight = self.embed.weight
+        end = start + num_rows
+        positions_T = torch.arange(start, end, device=weight.device)
+        cos_TE, sin_TE = self.rope(positions_T, weight.dtype)
+        return Rows(cos_TE, sin_TE, {w: causal_mask(positions_T, end, start, w) for w in self.windows})
+
+    def packed_rows(self, positions_BT: Tensor, documents_BT: Tensor) -> Rows:
+        """Rows of packed documents: attention stays within equal document numbers of a sequence."""
+        cos, sin = self.rope(positions_BT[:, None], self.embed.weight.dtype)
+        seen_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
+        index_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+        masks = {}
+        for window in self.windows:
+            distance_TT = index_T[:, None] - index_T[None, :]
+            near_TT = distance_TT >= 0 if window is None else (distance_TT >= 0) & (distance_TT < window)
+            masks[window] = (seen_BTT & near_TT)[:, None]
+        return Rows(cos, sin, masks)
+
+    @property
+    def windows(self) -> set[int | None]:
+        """The sliding windows in use; None stands for unlimited."""
+        return {self.config.window(n) for n in range(1, self.config.num_layers + 1)}
+
+
+def causal_mask(positions_T: Tensor, end: int, start: int, window: int | None) -> Tensor | None:
+    """True where row t may see row s < `end`: s <= t and t - s < window. None where `is_causal` or no mask says it.
+
+    NOTE the mask is aligned bottom-right: with fewer rows than keys, the last row sees all keys.
+    """
+    full_view = window is None or end <= window
+    if full_view and (start == 0 or end - start == 1):
+        return None
+    distance_TS = positions_T[:, None] - torch.arange(end, device=positions_T.device)[None, :]
+    return distance_TS >= 0 if full_view else (distance_TS >= 0) & (distance_TS < window)

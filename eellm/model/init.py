@@ -1,0 +1,26 @@
+"""Random weights, the same for the same seed whatever the device: every matrix N(0, std), norms 1, biases 0."""
+
+import torch
+from torch import nn
+
+from eellm.config.check import check_choice
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """`"bfloat16"` → torch.bfloat16. Raises ConfigError with the names that are known."""
+    check_choice("dtype", name, DTYPES)
+    return DTYPES[name]
+
+
+@torch.no_grad()
+def init_weights(module: nn.Module, *, std: float, seed: int) -> None:
+    """Fills the module's parameters in the order of their names. A shared parameter is drawn once."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    for name, parameter in sorted(module.named_parameters()):
+        if parameter.dim() > 1:
+            values = torch.empty(parameter.shape, dtype=torch.float32).normal_(0, std, generator=generator)
+            parameter.copy_(values)
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)

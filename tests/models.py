@@ -1,0 +1,65 @@
+"""Tiny seeded models, and the decoder that every cached one is held against."""
+
+import torch
+
+import eellm
+from eellm.exits.policy import SCORES
+
+EXITS = (
+    eellm.ExitConfig(layer=1, kind="embed", head="own", gate_size=8),
+    eellm.ExitConfig(layer=2, kind="layer", head="own", gate_size=8),
+    eellm.ExitConfig(layer=3, kind="mlp", head="tied", gate_size=8),
+    eellm.ExitConfig(layer=5, kind="norm", head="tied", gate_size=8),
+)
+
+
+def tiny_config(*, exits=EXITS, **changes) -> eellm.ModelConfig:
+    sizes = {"vocab_size": 29, "hidden_size": 32, "intermediate_size": 48, "num_layers": 6, "num_heads": 4}
+    return eellm.ModelConfig(**({"num_kv_heads": 2, "max_seq_len": 128, "exits": exits, **sizes} | changes))
+
+
+@torch.no_grad()
+def tiny_model(*, seed=0, dtype="float64", sureness=1.0, **changes) -> eellm.EarlyExitLM:
+    """A random model whose logits are spread, deeper exits' more: every exit is sure now and then, none always."""
+    model = eellm.build(tiny_config(init_std=0.3, **changes), seed=seed, dtype=dtype)
+    deepest = model.config.num_layers
+    model.decoder.norm.weight.mul_(2.2 * sureness)
+    for name, exit in model.exits.items():
+        if exit.norm is not None:
+            exit.norm.weight.mul_(sureness * (1 + int(name) / deepest))
+        elif exit.output is not None:  # the hidden state that an `embed` exit reads is about 4 times larger
+            exit.output.weight.mul_(sureness / 4)
+        if exit.gate is not None:
+            exit.gate.out.weight.mul_(4)
+    return model
+
+
+@torch.inference_mode()
+def oracle(model, prompt, *, num_tokens, thresholds, policy="max_prob"):
+    """Greedy early-exit decoding without any cache: `model(tokens)` anew for each token.
+
+    Returns one (token, exit layer, log-probability, score) per new token.
+    """
+    tokens, out = list(prompt), []
+    last = model.config.num_layers
+    for _ in range(num_tokens):
+        context = torch.tensor([tokens])
+        logits = {layer: value[0, -1].float() for layer, value in model(context).items()}
+        for layer in sorted(logits):
+            score = _score(model, context, layer, logits[layer], policy)
+            if layer == last or (thresholds.get(layer, 1.0) < 1 and score >= thresholds[layer]):
+                break
+        token = int(logits[layer].argmax())
+        out.append((token, layer, float(logits[layer].log_softmax(-1)[token]), score))
+        tokens.append(token)
+    return out
+
+
+def _score(model, context, layer, logits, policy):
+    if policy != "gate":
+        return float(SCORES[policy](logits))
+    if layer == model.config.num_layers:
+        return 1.0
+    rows = model.decoder.rows(0, context.shape[1])
+    hidden = dict(model.hiddens(context, rows))[layer]
+    return float(model.exit(layer).gate(model.normed(layer, hidden, rows)[0, -1]).float().sigmoid())
