@@ -28,7 +28,7 @@ from eellm.checkpoint.files import (
 )
 from eellm.config.load import from_dict
 from eellm.config.model import ExitConfig
-from eellm.errors import BaseMismatchError, CheckpointError, UnsupportedError
+from eellm.errors import BaseMismatchError, CheckpointError, ConfigError, UnsupportedError
 from eellm.exits.heads import Exit
 from eellm.exits.lm import EarlyExitLM
 
@@ -58,9 +58,13 @@ def save_adapter(
 ) -> None:
     """Writes the model's exits as an adapter of the model directory `base`, which they were made for.
 
-    layers: of the exits that belong to the adapter; None: all that the model has.
+    layers: of the exits that belong to the adapter; None: all that the base doesn't have itself. Raises ConfigError for
+    an exit that the model lacks or the base has, CheckpointError for a full disk or a model's directory.
     """
     directory, base = Path(directory), Path(base)
+    if (directory / "config.json").exists():
+        raise CheckpointError(f"{directory} is a model directory; name another one for the adapter")
+    layers = _adapter_layers(model, base, layers)
     place = os.path.relpath(base.resolve(), directory.resolve())
     with replacing(directory, marker=EXITS_JSON) as temporary:
         named = {"path": place, "sha256": fingerprint(weight_files(base))}
@@ -74,14 +78,18 @@ def load_exits(model: EarlyExitLM, directory: Path, *, base: Path | None = None)
     weights that don't fit.
     """
     data = read_exits_json(directory)
-    if data["base"] is not None and base is not None:
+    if base is not None:
         _check_base(directory, data["base"], base)
-    exits = tuple(from_dict(ExitConfig, entry, f"exits[{i}]") for i, entry in enumerate(data["exits"]))
+    try:
+        exits = tuple(from_dict(ExitConfig, entry, f"exits[{i}]") for i, entry in enumerate(data["exits"]))
+        config = model.config.with_exits((*model.config.exits, *exits))
+    except ConfigError as error:
+        raise CheckpointError(f"{directory / EXITS_JSON}: {error}") from None
     file = directory / EXITS_FILE
     tensors = dict(read_tensors(file))
     if fingerprint([file]) != data.get("weights_sha256"):
         raise CheckpointError(f"{file} doesn't belong to the {EXITS_JSON} beside it; write the exits again")
-    model.config = model.config.with_exits((*model.config.exits, *exits))
+    model.config = config
     like = model.decoder.embed.weight
     for exit_config in exits:
         with torch.device("meta"):
@@ -100,14 +108,18 @@ def load_exits(model: EarlyExitLM, directory: Path, *, base: Path | None = None)
 def read_exits_json(directory: Path) -> dict[str, Any]:
     """The content of exits.json, with its version checked."""
     data = read_json(directory / EXITS_JSON)
-    version = data.get("format_version")
-    if not isinstance(version, int) or version < 1 or not isinstance(data.get("exits"), list):
+    version, base = data.get("format_version"), data.get("base")
+    if not isinstance(version, int) or version < 1:
         raise CheckpointError(f"{directory / EXITS_JSON} is not an exits file: format_version = {version!r}")
     if version > FORMAT_VERSION:
         raise UnsupportedError(
             f"{directory / EXITS_JSON} has format {version}, this release reads up to {FORMAT_VERSION}; upgrade eellm"
         )
-    return {"base": None, **data}
+    if not isinstance(data.get("exits"), list):
+        raise CheckpointError(f"{directory / EXITS_JSON} is not an exits file: it lists no 'exits'")
+    if base is not None and not (isinstance(base, dict) and isinstance(base.get("path"), str)):
+        raise CheckpointError(f"{directory / EXITS_JSON} is not an exits file: base = {base!r}")
+    return {**data, "base": base}
 
 
 def base_of(adapter: Path) -> Path:
@@ -115,10 +127,28 @@ def base_of(adapter: Path) -> Path:
     base = read_exits_json(adapter)["base"]
     if base is None:
         raise CheckpointError(f"{adapter} has exits but neither a model nor the name of its base")
-    return adapter / base["path"]
+    directory = adapter / base["path"]
+    if not directory.exists():
+        raise CheckpointError(f"{adapter} is an adapter of {directory}, which isn't there; name its base beside it")
+    return directory
 
 
-def _check_base(adapter: Path, named: dict[str, str], base: Path) -> None:
+def _adapter_layers(model: EarlyExitLM, base: Path, layers: Sequence[int] | None) -> Sequence[int]:
+    """Those asked for, checked; by default all that the base doesn't have itself."""
+    own = [e.get("layer") for e in read_exits_json(base)["exits"]] if (base / EXITS_JSON).exists() else []
+    if layers is None:
+        return [layer for layer in model.config.exit_layers if layer not in own]
+    for layer in layers:
+        if layer not in model.config.exit_layers:
+            raise ConfigError(f"layers: the model has no exit at layer {layer}")
+        if layer in own:
+            raise ConfigError(f"layers: exit {layer} is the base's own; an adapter holds what its base lacks")
+    return layers
+
+
+def _check_base(adapter: Path, named: dict[str, str] | None, base: Path) -> None:
+    if named is None:
+        raise CheckpointError(f"{adapter} names no base, so it is no adapter; load it by itself")
     found = fingerprint(weight_files(base))
     if found != named.get("sha256"):
         raise BaseMismatchError(

@@ -33,19 +33,23 @@ def replacing(directory: Path, *, marker: str, owned: Sequence[str] = ()) -> Ite
     Files of an existing `directory` stay, but for those replaced and those that match the patterns `owned` and were
     not written again. When the block fails, `directory` is as before. Raises CheckpointError for a full disk.
     """
-    temporary = directory.with_name(f".{directory.name}.tmp-{os.getpid()}")
+    place = directory.resolve()  # "." has no name; beside a link's target, not beside the link: moves stay on one disk
+    temporary = place.with_name(f".{place.name}.tmp-{os.getpid()}")
+    outcome = "nothing was changed"
     try:
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process that had our number
         temporary.mkdir(parents=True)
         yield temporary
-        if directory.exists():
+        if directory.is_dir():
+            outcome = f"{directory} is incomplete now and will be refused; save it again"
             _move_into(temporary, directory, marker, owned)
         else:
             temporary.rename(directory)
     except OSError as error:
         reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or error
-        raise CheckpointError(f"can't write {directory}: {reason}; nothing was changed") from error
+        raise CheckpointError(f"can't write {directory}: {reason}; {outcome}") from error
     except SafetensorError as error:
-        raise CheckpointError(f"can't write {directory}: {error}; nothing was changed") from error
+        raise CheckpointError(f"can't write {directory}: {error}; {outcome}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

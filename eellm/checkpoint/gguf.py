@@ -140,9 +140,9 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, _Tensor]]:
     except OSError as error:
         raise CheckpointError(error.strerror) from None
     except Exception as error:  # whatever comes of reading past the end, or of taking garbage for lengths
-        unknown = any(words in str(error) for words in ("GGMLQuantizationType", "file appears to be version"))
-        kind = UnsupportedError if unknown else CheckpointError
-        raise kind(f"not a GGUF file, damaged, or newer than the gguf package ({error})") from None
+        if "GGMLQuantizationType" in str(error) or "file appears to be version" in str(error):
+            raise UnsupportedError(f"newer than the installed gguf package: {error}") from None
+        raise CheckpointError("not a GGUF file, or one that is cut short or damaged") from None
     if reader.byte_order != "I":
         raise UnsupportedError("of the other byte order than this machine's")
     tensors = {}

@@ -13,18 +13,20 @@ import torch
 from torch import Tensor
 
 from eellm.checkpoint.exits import EXITS_FILE, EXITS_JSON, base_of, load_exits, write_exits
-from eellm.checkpoint.files import read_json, read_tensors, replacing, weight_files, write_json, write_sharded
+from eellm.checkpoint.files import INDEX, read_json, read_tensors, replacing, weight_files, write_json, write_sharded
 from eellm.checkpoint.gguf import read_gguf
 from eellm.checkpoint.names import config_from_hf, config_to_hf, to_hf_name
 from eellm.config.model import ModelConfig
 from eellm.errors import CheckpointError, ConfigError
 from eellm.exits.lm import EarlyExitLM
 from eellm.model.decoder import Decoder
-from eellm.model.init import torch_dtype
+from eellm.model.init import torch_device, torch_dtype
+from eellm.text.tokenizer import FILES as TOKENIZER_FILES
 from eellm.text.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 5 * 10**9
-_OWNED = ("model*.safetensors", "model.safetensors.index.json", "generation_config.json", EXITS_JSON, EXITS_FILE)
+_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", INDEX)
+_OWNED = (*_WEIGHTS, "generation_config.json", EXITS_JSON, EXITS_FILE)
 
 
 def load(
@@ -37,13 +39,15 @@ def load(
     """Reads a model with its exits; `model.tokenizer` is set where the directory has one.
 
     path: a model directory, an adapter directory, a .gguf file or a hub id. adapter: a directory with exits made for
-    this model. dtype: of all weights, whatever they are stored in. Raises CheckpointError.
+    this model. dtype: of all weights, whatever they are stored in. Raises CheckpointError; ConfigError for a dtype or
+    device that isn't there.
     """
     torch_dtype(dtype)
+    device = torch_device(device)
     directory = _find(path)
     if directory.suffix == ".gguf":
         return _load_gguf(directory, adapter, dtype, device)
-    if not (directory / "config.json").exists() and (directory / EXITS_JSON).exists():
+    if _is_adapter(directory):
         if adapter is not None:
             raise CheckpointError(f"{directory} is an adapter itself; name its base, or leave the second adapter out")
         return load(base_of(directory), directory, dtype=dtype, device=device)
@@ -58,11 +62,14 @@ def load(
 def save(model: EarlyExitLM, path: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Writes backbone, exits and tokenizer; the directory is replaced in one go or left as it was.
 
+    A tokenizer that is there already stays where the model has none.
+
     Raises CheckpointError for a full disk, UnsupportedError for features that no known architecture combines.
     """
     directory = Path(path)
     config = config_to_hf(model.config, str(model.decoder.embed.weight.dtype).removeprefix("torch."))
-    with replacing(directory, marker="config.json", owned=_OWNED) as temporary:
+    owned = _OWNED if model.tokenizer is None else (*_OWNED, *TOKENIZER_FILES)
+    with replacing(directory, marker="config.json", owned=owned) as temporary:
         write_sharded(temporary, _named_for_hf(model.decoder), max_shard_bytes)
         eos = config["eos_token_id"]
         if eos is not None:
@@ -78,10 +85,12 @@ def save(model: EarlyExitLM, path: str | Path, *, max_shard_bytes: int = MAX_SHA
 
 
 def stored_dtype(path: str | Path) -> str:
-    """The dtype that a model directory is stored in; float32 for GGUF files."""
+    """The dtype that a model directory, or an adapter's base, is stored in; float32 for GGUF files."""
     directory = _find(path)
     if directory.suffix == ".gguf":
         return "float32"
+    if _is_adapter(directory):
+        directory = base_of(directory)
     hf = read_json(directory / "config.json")
     return hf.get("dtype") or hf.get("torch_dtype") or "float32"
 
@@ -104,6 +113,10 @@ def _find(path: str | Path) -> Path:
         return Path(snapshot_download(str(path), allow_patterns=patterns))
     except Exception as error:  # the hub's client raises errors of many libraries
         raise CheckpointError(f"{path}: no such directory, and the hub didn't give it: {error}") from error
+
+
+def _is_adapter(directory: Path) -> bool:
+    return not (directory / "config.json").exists() and (directory / EXITS_JSON).exists()
 
 
 def _load_backbone(directory: Path, dtype: str, device: str | torch.device) -> EarlyExitLM:

@@ -45,6 +45,7 @@ _SIZES = {  # ours: theirs
     "init_std": "initializer_range",
     "bos_token_id": "bos_token_id",
 }
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),
@@ -75,7 +76,7 @@ def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
     kind = _model_type(hf)
     hf = {"num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6} | _DEFAULTS.get(kind, {}) | hf
     _refuse_silent_errors(hf)
-    missing = [theirs for theirs in ("vocab_size", "hidden_size", "num_hidden_layers") if theirs not in hf]
+    missing = [theirs for theirs in _REQUIRED if theirs not in hf]
     if missing:
         raise ConfigError(f"config.json has no '{missing[0]}'")
     sizes = {ours: hf[theirs] for ours, theirs in _SIZES.items() if theirs in hf}

@@ -7,17 +7,8 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
+from eellm.exits.palette import colour
 from eellm.infer.engine import Stats, Token
-
-# From early to late: distinguishable with the common colour blindnesses (Okabe and Ito's palette).
-PALETTE = ("#009e73", "#56b4e9", "#0072b2", "#cc79a7", "#e69f00", "#d55e00")
-
-
-def colour(layer: int, num_layers: int) -> str | None:
-    """The colour of an exit layer; None (the terminal's own) for the final one."""
-    if layer >= num_layers:
-        return None
-    return PALETTE[(layer - 1) * len(PALETTE) // max(num_layers - 1, 1)]
 
 
 def show_token(console: Console, token: Token, num_layers: int) -> None:

@@ -21,6 +21,8 @@ class BaseConfig:
     """The exits to add."""
     init: Literal["copy", "random"] = "copy"
     """Start new exits from copies of the model's own parts, or at random."""
+    fit_scale: bool = True
+    """Scale new exits' norms at the start, so that their logits are no surer than they are right."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Of the computation. bfloat16 means autocast: parameters stay float32."""
     device: str = "cpu"

@@ -16,7 +16,7 @@ from eellm.config.model import ExitConfig, ModelConfig
 from eellm.exits.heads import Exit, MLPBlock
 from eellm.model.cache import LayerCache
 from eellm.model.decoder import Decoder
-from eellm.model.init import init_weights, torch_dtype
+from eellm.model.init import init_weights, torch_device, torch_dtype
 from eellm.model.layers import Layer, Rows
 
 
@@ -95,7 +95,7 @@ def add_exits(
     """Adds exits to `model`, in place; those already there are not touched.
 
     init: `copy` starts from the model's own parts (EE-Tuning §3): final norm → norm, output matrix → own head, last
-    layer → `layer` body, the MLP of the exit's own layer → `mlp` body. `random` draws every matrix from N(0, init_std).
+    layer → `layer` body, the MLP of the layer that comes next → `mlp` body. `random` draws every matrix from N(0, init_std).
     Gates are random either way. Raises ConfigError for an exit beyond the last layer or at a layer that has one.
     """
     new = tuple(exits)
@@ -119,7 +119,7 @@ def _copy_from_backbone(exit: Exit, decoder: Decoder) -> None:
     if isinstance(exit.body, Layer):
         pairs.append((exit.body, decoder.layers[str(decoder.config.num_layers)]))
     if isinstance(exit.body, MLPBlock):
-        source = decoder.layers[str(exit.config.layer)]
+        source = decoder.layers[str(exit.config.layer + 1)]
         pairs += [(exit.body.norm, source.mlp_norm), (exit.body.mlp, source.mlp)]
     for target, source in pairs:
         target.load_state_dict(source.state_dict())
@@ -129,6 +129,6 @@ def build(
     config: ModelConfig, *, seed: int = 0, dtype: str = "float32", device: str | torch.device = "cpu"
 ) -> EarlyExitLM:
     """A model with random weights: the same for the same seed, whatever the device or dtype (up to rounding)."""
-    model = EarlyExitLM(config).to(device=device, dtype=torch_dtype(dtype)).eval()
+    model = EarlyExitLM(config).to(device=torch_device(device), dtype=torch_dtype(dtype)).eval()
     init_weights(model, std=config.init_std, seed=seed)
     return model

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from eellm.config.check import check_choice
+from eellm.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -12,6 +13,14 @@ def torch_dtype(name: str) -> torch.dtype:
     """`"bfloat16"` → torch.bfloat16. Raises ConfigError with the names that are known."""
     check_choice("dtype", name, DTYPES)
     return DTYPES[name]
+
+
+def torch_device(name: str | torch.device) -> torch.device:
+    """`"cuda"` → torch.device("cuda", 0). Raises ConfigError for one that this machine or torch doesn't have."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the latter: torch was built without it
+        raise ConfigError(f"device = {str(name)!r}: {str(error).splitlines()[0]}") from None
 
 
 @torch.no_grad()

@@ -51,8 +51,8 @@ class TuningObjective:
             divergence = divergence_from(teacher_NV, logits_NV, self.config.temperature)
             loss = (1 - beta) * loss + beta * self._count("kl", divergence[is_target].sum())
         if self.gate is not None:
-            guess_N = self.gate(z_ND.detach()).float()
-            errors_N = F.binary_cross_entropy_with_logits(guess_N, agrees_N.float(), reduction="none")
+            guess_N = upcast(self.gate(z_ND.detach()))
+            errors_N = F.binary_cross_entropy_with_logits(guess_N, agrees_N.to(guess_N), reduction="none")
             loss = loss + self._count("gate_loss", errors_N[is_target].sum())
         return loss
 

@@ -26,6 +26,7 @@ from eellm.exits.loss import count_targets, exit_loss_node
 from eellm.exits.metrics import exit_table
 from eellm.log import log
 from eellm.train.build import build_model, build_rows
+from eellm.train.fit import fit_scales
 from eellm.train.metrics import MetricsLog, Row
 from eellm.train.objective import TuningObjective
 from eellm.train.optim import learning_rate, make_optimizer
@@ -62,11 +63,13 @@ class Tuner:
     def __init__(self, config: TuneConfig) -> None:
         self.config = config
         self.model, self.layers = build_model(config.model, seed=config.train.seed)
+        self.device = self.model.decoder.embed.weight.device
         train, self.validation = build_rows(config.data, self.model)
         self.loader = Loader(train, batch_size=config.train.batch_size, seed=config.train.seed)
+        if config.model.fit_scale and config.model.adapter is None:
+            fit_scales(self.model, self.layers, train)
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(self.parameters.values(), config.optim)
-        self.device = self.model.decoder.embed.weight.device
 
     def step(self, step: int) -> Row:
         """One optimizer step, numbered from 1. Returns its metrics."""

@@ -6,15 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
+from pydoc_data.topics import topics
 
 import pytest
 import torch
-from pydoc_data.topics import topics
 
 import eellm
 from eellm.config.load import from_dict
 from eellm.config.tune import ObjectiveConfig, TuneConfig
-from eellm.errors import BaseMismatchError, ConfigError, RunError
+from eellm.errors import ConfigError, RunError
 from eellm.exits.loss import IGNORE
 from eellm.train.objective import TuningObjective
 from eellm.train.optim import learning_rate
@@ -65,24 +66,36 @@ def rows_of(out_dir):
     return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in rows]
 
 
-def test_tuning_lowers_every_exit_s_loss_and_leaves_the_backbone_bit_identical(base, text, tmp_path):
+@pytest.mark.parametrize(("beta", "better"), [(0.0, "val_loss"), (1.0, "val_agreement")])
+def test_tuning_makes_every_exit_better_and_leaves_the_backbone_bit_identical(base, text, tmp_path, beta, better):
     before = {name: t.clone() for name, t in eellm.load(base).decoder.state_dict().items()}
-    config = recipe(base, text, tmp_path / "run", train={"steps": 60, "evaluate_every": 30}, objective={"beta": 0.5})
-    tuner = Tuner(config)
-    first = tuner.evaluate()
+    longer = {"train": {"steps": 60, "batch_size": 8, "evaluate_every": 30}, "optim": {"lr": 1e-2}}
+    config = recipe(base, text, tmp_path / "run", **longer, objective={"beta": beta})
+    first = Tuner(config).evaluate()
     adapter = tune(config)
     rows = rows_of(tmp_path / "run")
     assert [row["step"] for row in rows] == list(range(1, 61))
     for layer in (2, 4):
-        assert rows[-1][f"val_loss/exit_{layer}"] < first[f"val_loss/exit_{layer}"] - 0.05
-        assert rows[-1][f"val_agreement/exit_{layer}"] > first[f"val_agreement/exit_{layer}"]
+        gain = rows[-1][f"{better}/exit_{layer}"] - first[f"{better}/exit_{layer}"]
+        assert gain > 0.04 if better == "val_agreement" else gain < -0.04
         assert 0 <= rows[-1][f"val_fraction_0.5/exit_{layer}"] <= 1
+    assert sum(row["loss"] for row in rows[-5:]) < sum(row["loss"] for row in rows[:5])
     assert sum(row["gate_loss/exit_2"] for row in rows[-5:]) < sum(row["gate_loss/exit_2"] for row in rows[:5])
     tuned = eellm.load(base, adapter)
     assert tuned.config.exit_layers == (2, 4)
     for name, tensor in tuned.decoder.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert all(torch.equal(t, before[n]) for n, t in eellm.load(base).decoder.state_dict().items())
+
+
+def test_new_exits_start_with_logits_no_surer_than_they_are_right(base, text, tmp_path):
+    losses = {}
+    for fit in (False, True):
+        tuner = Tuner(recipe(base, text, tmp_path / "run", model={"fit_scale": fit}))
+        losses[fit] = tuner.evaluate()
+    for layer in (2, 4):
+        assert losses[True][f"val_loss/exit_{layer}"] < losses[False][f"val_loss/exit_{layer}"] - 0.1
+        assert losses[True][f"val_agreement/exit_{layer}"] == losses[False][f"val_agreement/exit_{layer}"]
 
 
 def test_a_run_killed_at_any_step_and_resumed_has_the_curve_of_one_that_was_not(base, text, tmp_path):
@@ -156,7 +169,8 @@ def test_the_objective_is_its_formula():
     labels = torch.tensor([1, IGNORE, 3, 4, IGNORE, 6, 7])
     config = ObjectiveConfig(beta=0.3, temperature=2.0, gate=False)
     objective = TuningObjective(config, labels, teacher=lambda rows: teacher[rows])
-    found = objective(torch.zeros(3, 4), logits[:3], slice(0, 3)) + objective(torch.zeros(4, 4), logits[3:], slice(3, 7))
+    found = objective(torch.zeros(3, 4), logits[:3], slice(0, 3))
+    found += objective(torch.zeros(4, 4), logits[3:], slice(3, 7))
     expected = 0.0
     for row in range(7):
         if labels[row] != IGNORE:
@@ -170,8 +184,8 @@ def test_the_gate_learns_from_the_exit_and_never_bends_it(base, text, tmp_path):
     for gate in (False, True):
         tuner = Tuner(recipe(base, text, tmp_path / "run", objective={"gate": gate}))
         tuner.step(1)
-        gradients[gate] = {n: p.grad for n, p in tuner.parameters.items() if ".gate." not in n}
-        gates = [p.grad for n, p in tuner.parameters.items() if ".gate." in n]
+        gradients[gate] = {n: p.grad for n, p in tuner.parameters.items() if ".2.gate." not in n}
+        gates = [p.grad for n, p in tuner.parameters.items() if ".2.gate." in n]
         assert all((g is not None and g.abs().sum() > 0) == gate for g in gates)
     # the norm that clips includes the gate's gradient: compare directions
     for name, gradient in gradients[False].items():
@@ -186,7 +200,8 @@ def test_packed_documents_do_not_see_each_other(base, text):
     positions = torch.tensor([[*range(7), *range(13)]])
     rows = model.decoder.packed_rows(positions, documents)
     ((_, packed),) = model.hiddens(tokens, rows)
-    apart = [dict(model.hiddens(part, model.decoder.rows(0, part.shape[1])))[6] for part in (tokens[:, :7], tokens[:, 7:])]
+    parts = (tokens[:, :7], tokens[:, 7:])
+    apart = [dict(model.hiddens(part, model.decoder.rows(0, part.shape[1])))[6] for part in parts]
     torch.testing.assert_close(packed, torch.cat(apart, dim=1), rtol=1e-12, atol=1e-12)
 
 
@@ -210,8 +225,7 @@ def test_exits_of_the_base_stay_as_they_are_and_an_adapter_can_be_tuned_further(
     )
     again = eellm.load(tmp_path / "with_exit", tune(further))
     assert again.config.exit_layers == (1, 2, 4)
-    with pytest.raises(BaseMismatchError):
-        eellm.load(base, adapter)
+    assert eellm.load(base, adapter).config.exit_layers == (2, 4), "the backbone is the same"
 
 
 def test_a_directory_in_use_is_refused(base, text, tmp_path):
@@ -234,4 +248,4 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[11] == pytest.approx(0.55)
     assert rates[-1] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(rates[3:], rates[4:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[3:]))

@@ -1,0 +1,82 @@
+"""An evaluation and a curve as tables of text, which the terminal and the report both show.
+
+In: their JSON forms (`Evaluation.as_json`, `Curve.as_json`), fresh or read back from a file.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Cells:
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def as_rich(self, title: str) -> Table:
+        """For the terminal."""
+        table = Table(*self.headers, title=title, title_justify="left")
+        for column in table.columns:
+            column.justify = "right"
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+
+def evaluation_cells(evaluation: Mapping[str, Any]) -> Cells:
+    """One row per exit."""
+    headers = ("exit", "kind", "perplexity", "bits/byte", "agrees with final", "right")
+    rows = tuple(
+        (
+            str(exit["layer"]),
+            exit["kind"],
+            _number(exit["perplexity"], 2),
+            _number(exit["bits_per_byte"], 3),
+            _percent(exit["agreement"]),
+            _percent(exit["accuracy"]),
+        )
+        for exit in evaluation["exits"]
+    )
+    return Cells(headers, rows)
+
+
+def curve_cells(curve: Mapping[str, Any]) -> Cells:
+    """One row per threshold: quality on the text, then what generation measured."""
+    headers = ("τ", "leave early", "agree", "perplexity", "tok/s", "speed-up", "range", "layers", "mean exit", "same")
+    return Cells(headers, tuple(_curve_row(point, str(curve["num_layers"])) for point in curve["points"]))
+
+
+CURVE_LEGEND = (
+    "On the text: share of tokens that leave early, agreement of the exit taken with the final one, perplexity. "
+    "Generating: decoded tokens a second, median speed-up over full depth and its range, layer passes run, mean exit "
+    "layer, share of tokens before the first that isn't full depth's."
+)
+
+
+def _curve_row(point: Mapping[str, Any], final: str) -> tuple[str, ...]:
+    measured = point["measured"]
+    low, high = measured["speedup_range"]
+    return (
+        f"{point['threshold']:g}",
+        _percent(1 - point["taken"][final]),
+        _percent(point["agreement"]),
+        _number(point["perplexity"], 2),
+        _number(measured["tokens_per_s"], 1),
+        f"{measured['speedup']:.2f}×",
+        f"{low:.2f}–{high:.2f}",
+        _percent(measured["layers_run"] / measured["layers_full"]),
+        _number(measured["mean_exit_layer"], 1),
+        _percent(measured["same_prefix"]),
+    )
+
+
+def _number(value: float | None, digits: int) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,.{digits}f}" if value < 1e6 else f"{value:.1e}"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
