@@ -104,7 +104,9 @@ def table(result: dict) -> str:
     rows = [f"{'eellm':>14} {'transformers':>14} {'ratio':>7}"]
     rows += [f"{a:14.1f} {b:14.1f} {a / b:7.2f}" for a, b in zip(mine, theirs, strict=True)]
     load = " ".join(f"{x:.2f}" for x in result["load_average"])
-    rows.append(f"{statistics.median(mine):14.1f} {statistics.median(theirs):14.1f} {result['median_ratio']:7.2f}  (medians)")
+    rows.append(
+        f"{statistics.median(mine):14.1f} {statistics.median(theirs):14.1f} {result['median_ratio']:7.2f}  (medians)"
+    )
     rows.append(f"limit by memory: {result['limit_tokens_per_s']:.1f} tokens/s; load average {load}")
     return "\n".join(rows)
 

@@ -74,24 +74,25 @@ def to_hf_name(name: str) -> str:
 def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
     """Reads the content of a config.json. Raises UnsupportedError for what we don't know."""
     kind = _model_type(hf)
-    hf = {"num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6} | _DEFAULTS.get(kind, {}) | hf
-    _refuse_silent_errors(hf)
-    missing = [theirs for theirs in _REQUIRED if theirs not in hf]
+    silent: dict[str, Any] = {"num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6}
+    known = silent | _DEFAULTS.get(kind, {}) | hf
+    _refuse_silent_errors(known)
+    missing = [theirs for theirs in _REQUIRED if theirs not in known]
     if missing:
         raise ConfigError(f"config.json has no '{missing[0]}'")
-    sizes = {ours: hf[theirs] for ours, theirs in _SIZES.items() if theirs in hf}
-    attention_bias = bool(hf.get("attention_bias", False))
+    sizes = {ours: known[theirs] for ours, theirs in _SIZES.items() if theirs in known}
+    attention_bias = bool(known.get("attention_bias", False))
     return ModelConfig(
         **sizes,
-        rope=_rope_from_hf(hf),
-        activation=_activation_from_hf(hf.get("hidden_act", "silu")),
+        rope=_rope_from_hf(known),
+        activation=_activation_from_hf(known.get("hidden_act", "silu")),
         qkv_bias=kind == "qwen2" or attention_bias,
         attention_out_bias=kind != "qwen2" and attention_bias,
-        mlp_bias=bool(hf.get("mlp_bias", False)),
+        mlp_bias=bool(known.get("mlp_bias", False)),
         qk_norm=kind == "qwen3",
-        tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-        eos_token_ids=_as_tuple(hf.get("eos_token_id")),
-        **_window_from_hf(kind, hf),
+        tie_embeddings=bool(known.get("tie_word_embeddings", False)),
+        eos_token_ids=_as_tuple(known.get("eos_token_id")),
+        **_window_from_hf(kind, known),
     )
 
 

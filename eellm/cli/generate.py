@@ -77,7 +77,7 @@ def main(args: list[str]) -> None:
     num_layers = model.config.num_layers
     out, err = Console(), Console(stderr=True, soft_wrap=True)
     for token in run:
-        show_token(out, token, num_layers)
+        show_token(out, token.text, token.exit, num_layers)
     out.print()
     err.print(legend(run.exits, num_layers), summary(run.stats()), sep="\n", highlight=False)
 

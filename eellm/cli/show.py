@@ -8,14 +8,14 @@ from rich.style import Style
 from rich.text import Text
 
 from eellm.exits.palette import colour
-from eellm.infer.engine import Stats, Token
+from eellm.infer.engine import Stats
 
 
-def show_token(console: Console, token: Token, num_layers: int) -> None:
-    """One token, as it comes."""
-    name = colour(token.exit, num_layers)
+def show_token(console: Console, text: str, layer: int, num_layers: int) -> None:
+    """One token's text, as it comes, in the colour of the layer that it left at."""
+    name = colour(layer, num_layers)
     style = Style() if name is None else Style(color=name, underline=True)
-    console.print(Text(token.text, style), end="", soft_wrap=True, highlight=False)
+    console.print(Text(text, style), end="", soft_wrap=True, highlight=False)
 
 
 def legend(exits: Sequence[int], num_layers: int) -> Text:

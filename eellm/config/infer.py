@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Literal
 
-from eellm.config.check import check_at_least, check_fraction, check_literals
+from eellm.config.check import check_at_least, check_fraction, check_literals, check_numbers
 from eellm.errors import ConfigError
 
 Method = Literal["full", "early"]
@@ -32,10 +32,13 @@ class Sampling:
     """Makes a request's draws repeatable, whatever runs beside it. Every prompt of a call starts from this seed."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 0, "temperature", "top_k")
+        check_at_least(self, 0, "temperature", "top_k", "seed")
         check_fraction(self, "top_p", "min_p")
-        if not self.repetition_penalty > 0:
-            raise ConfigError(f"repetition_penalty = {self.repetition_penalty!r}: must be above 0")
+        check_numbers(self, "repetition_penalty")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ConfigError(f"repetition_penalty = {self.repetition_penalty!r}: must be above 0 and finite")
+        if self.seed is not None and self.seed >= 2**64:
+            raise ConfigError(f"seed = {self.seed}: must be below 2^64")
         if not math.isfinite(self.temperature):
             raise ConfigError(f"temperature = {self.temperature!r}: must be finite")
 
@@ -68,12 +71,14 @@ class GenerateConfig:
         check_at_least(self, 1, "max_new_tokens", "max_deferred")
         for value in self.threshold.values() if isinstance(self.threshold, Mapping) else (self.threshold,):
             _check_threshold(value)
-        if any(not text for text in self.stop):
+        if isinstance(self.stop, str) or not all(isinstance(text, str) for text in self.stop):
+            raise ConfigError(f"stop = {self.stop!r}: must be a tuple of strings")
+        if "" in self.stop:
             raise ConfigError("stop = '': an empty stop string would end every text at once")
 
 
 def _check_threshold(value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not value >= 0:  # NaN fails the comparison
+    if isinstance(value, bool) or not isinstance(value, Real) or not float(value) >= 0:  # NaN fails the comparison
         raise ConfigError(f"threshold = {value!r}: must be a number of at least 0 (1 or more turns exits off)")
 
 

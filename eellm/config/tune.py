@@ -31,7 +31,7 @@ class BaseConfig:
     def __post_init__(self) -> None:
         check_literals(self)
         if (self.adapter is None) == (not self.exits):
-            raise ConfigError("give either exits to add or the adapter to start from")
+            raise ConfigError("exits: give either these, to add them, or an adapter to start from")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from eellm.model.cache import LayerCache
 from eellm.model.decoder import Decoder
 from eellm.model.init import init_weights, torch_device, torch_dtype
 from eellm.model.layers import Layer, Rows
+from eellm.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class EarlyExitLM(nn.Module):
         self.config = config
         self.decoder = Decoder(config)
         self.exits = nn.ModuleDict({str(e.layer): Exit(config, e) for e in config.exits})
-        self.tokenizer = None
+        self.tokenizer: Tokenizer | None = None
 
     def forward(self, tokens_BT: Tensor) -> dict[int, Tensor]:
         """Logits (B, T, V) of every exit, by layer; the final one's key is L. No cache."""
@@ -95,8 +96,9 @@ def add_exits(
     """Adds exits to `model`, in place; those already there are not touched.
 
     init: `copy` starts from the model's own parts (EE-Tuning §3): final norm → norm, output matrix → own head, last
-    layer → `layer` body, the MLP of the layer that comes next → `mlp` body. `random` draws every matrix from N(0, init_std).
-    Gates are random either way. Raises ConfigError for an exit beyond the last layer or at a layer that has one.
+    layer → `layer` body, the MLP of the layer that comes next → `mlp` body. `random` draws matrices from
+    N(0, init_std). Gates are random either way. Raises ConfigError for an exit beyond the last layer or at a layer that
+    has one.
     """
     new = tuple(exits)
     model.config = model.config.with_exits((*model.config.exits, *new))
@@ -117,10 +119,10 @@ def _copy_from_backbone(exit: Exit, decoder: Decoder) -> None:
     if exit.output is not None:
         pairs.append((exit.output, decoder.output))
     if isinstance(exit.body, Layer):
-        pairs.append((exit.body, decoder.layers[str(decoder.config.num_layers)]))
+        pairs.append((exit.body, decoder.layer(decoder.config.num_layers)))
     if isinstance(exit.body, MLPBlock):
-        source = decoder.layers[str(exit.config.layer + 1)]
-        pairs += [(exit.body.norm, source.mlp_norm), (exit.body.mlp, source.mlp)]
+        source = decoder.layer(exit.config.layer + 1)
+        pairs.extend([(exit.body.norm, source.mlp_norm), (exit.body.mlp, source.mlp)])
     for target, source in pairs:
         target.load_state_dict(source.state_dict())
 

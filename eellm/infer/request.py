@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 from eellm.config.infer import GenerateConfig, thresholds_by_layer
 from eellm.errors import ConfigError, RequestError
 from eellm.exits.lm import EarlyExitLM
+from eellm.text.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -47,11 +49,13 @@ def make_request(model: EarlyExitLM, prompt: Prompt, options: GenerateConfig) ->
 
 def prompt_tokens(model: EarlyExitLM, prompt: Prompt) -> list[int]:
     """A string is encoded, messages go through the chat template, token ids are checked and taken as they are."""
+    tokens: list[Any]
     if isinstance(prompt, str):
         tokens = _tokenizer(model).encode(prompt) if prompt else []
     elif prompt and isinstance(prompt[0], Mapping):
         tokenizer = _tokenizer(model)
-        tokens = tokenizer.encode(tokenizer.apply_chat(prompt), add_special_tokens=False)
+        messages = cast("Sequence[Message]", prompt)
+        tokens = tokenizer.encode(tokenizer.apply_chat(messages), add_special_tokens=False)
     else:
         tokens = list(prompt)
     if not tokens:
@@ -63,7 +67,7 @@ def prompt_tokens(model: EarlyExitLM, prompt: Prompt) -> list[int]:
     return tokens
 
 
-def _tokenizer(model: EarlyExitLM):
+def _tokenizer(model: EarlyExitLM) -> Tokenizer:
     if model.tokenizer is None:
         raise RequestError("the model has no tokenizer; give the prompt as a list of token ids")
     return model.tokenizer

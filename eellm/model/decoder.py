@@ -40,8 +40,12 @@ class Decoder(nn.Module):
     def run(self, h_BTD: Tensor, first: int, last: int, rows: Rows, cache: KVCache | None = None) -> Tensor:
         """Moves hidden states through layers `first` to `last`, both included."""
         for n in range(first, last + 1):
-            h_BTD = self.layers[str(n)](h_BTD, rows, None if cache is None else cache[n])
+            h_BTD = self.layer(n)(h_BTD, rows, None if cache is None else cache[n])
         return h_BTD
+
+    def layer(self, n: int) -> Layer:
+        """Layer `n`, from 1."""
+        return self.layers[str(n)]  # pyrefly: ignore[bad-return]
 
     def rows(self, start: int, num_rows: int) -> Rows:
         """Rows at positions start .. start + num_rows - 1, which see all before them (through a cache)."""
@@ -56,7 +60,7 @@ class Decoder(nn.Module):
         cos, sin = self.rope(positions_BT[:, None], self.embed.weight.dtype)
         seen_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
         index_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
-        masks = {}
+        masks: dict[int | None, Tensor | None] = {}
         for window in self.windows:
             distance_TT = index_T[:, None] - index_T[None, :]
             near_TT = distance_TT >= 0 if window is None else (distance_TT >= 0) & (distance_TT < window)

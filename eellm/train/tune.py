@@ -76,7 +76,7 @@ class Tuner:
         config, start = self.config, time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
         parts = [self.loader.next().to(self.device) for _ in range(config.train.accumulate)]
-        num_targets = sum(count_targets(batch.labels_BT) for batch in parts)
+        num_targets = torch.stack([count_targets(batch.labels_BT) for batch in parts]).sum()
         sums: dict[str, float] = {}
         for batch in parts:
             for name, value in self.backward(batch, 1 / num_targets).items():
@@ -163,7 +163,7 @@ class Tuner:
     def save(self, run_dir: RunDir, step: int) -> None:
         """Writes the adapter and the state after `step`."""
         save_adapter(self.model, run_dir.adapter, base=self.config.model.base, layers=self.layers)
-        tensors = {f"weight/{name}": p for name, p in self.parameters.items()}
+        tensors: dict[str, Tensor] = {f"weight/{name}": p for name, p in self.parameters.items()}
         for name, parameter in self.parameters.items():
             tensors |= {f"{key}/{name}": value for key, value in self.optimizer.state[parameter].items()}
         run_dir.save_state(step, {"loader": self.loader.state(), "recipe": _identity(self.config)}, tensors)

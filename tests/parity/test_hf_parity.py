@@ -30,7 +30,9 @@ FAMILIES = {
     "llama, tied, geglu": hf.LlamaConfig(**SIZES, tie_word_embeddings=True, hidden_act="gelu"),
     "llama, tanh geglu, wide heads": hf.LlamaConfig(**SIZES, hidden_act="gelu_pytorch_tanh", head_dim=24),
     "smollm2": hf.LlamaConfig(**(SIZES | {"num_key_value_heads": 1}), tie_word_embeddings=True, rope_theta=100000.0),
-    "llama, linear rope": hf.LlamaConfig(**SIZES, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+    "llama, linear rope": hf.LlamaConfig(
+        **SIZES, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    ),
     "llama 3.1 rope": hf.LlamaConfig(**SIZES, rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}),
     "llama, yarn": hf.LlamaConfig(**SIZES, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, **YARN}),
     "llama, yarn with mscale": hf.LlamaConfig(

@@ -12,7 +12,7 @@ import torch
 import eellm
 from eellm.checkpoint import files
 from eellm.errors import CheckpointError
-from tests.directories import assert_same_model, content, with_adapter
+from tests.directories import assert_same_model, content, filled, with_adapter
 from tests.models import EXITS, tiny_model
 
 MORE_EXITS = (
