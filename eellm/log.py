@@ -6,8 +6,9 @@ log = logging.getLogger("eellm")
 
 
 def log_to_stderr(*, verbose: bool = False) -> None:
-    """Sends the package's log to stderr. Called by the command line only: a library stays silent."""
+    """Sends the package's log to stderr, once however often it is called: by the command line only, as a library stays
+    silent."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
-    log.addHandler(handler)
+    log.handlers = [handler]
     log.setLevel(logging.DEBUG if verbose else logging.INFO)

@@ -6,12 +6,9 @@ from typing import Literal
 
 import tyro
 
-from eellm.checkpoint.exits import save_adapter
-from eellm.checkpoint.hf import load, stored_dtype
 from eellm.cli.options import Layers, parse
 from eellm.config.model import ExitConfig, ExitKind, HeadKind, NormKind
 from eellm.errors import CheckpointError, ConfigError
-from eellm.exits.lm import add_exits
 from eellm.log import log
 
 
@@ -41,6 +38,10 @@ class Options:
 
 def main(args: list[str]) -> None:
     options = parse(Options, args, verb="add-exits")
+    from eellm.checkpoint.exits import save_adapter  # here: help and mistakes cost no torch import
+    from eellm.checkpoint.hf import load, stored_dtype
+    from eellm.exits.lm import add_exits
+
     if not (options.base / "config.json").exists():
         raise CheckpointError(f"{options.base}: exits are added to a model directory; 'eellm import' makes one")
     if options.exits is None:

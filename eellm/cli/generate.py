@@ -4,16 +4,18 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import tyro
 from rich.console import Console
 
-from eellm.checkpoint.hf import load
 from eellm.cli.options import Layers, Thresholds, parse
 from eellm.cli.show import legend, show_token, summary
 from eellm.config.infer import GenerateConfig, Method, PolicyName, Sampling
 from eellm.errors import RequestError
-from eellm.infer.engine import Run, Token, stream
+
+if TYPE_CHECKING:
+    from eellm.infer.engine import Run, Token
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,12 @@ class Options:
 
 def main(args: list[str]) -> None:
     options = parse(Options, args, verb="generate")
+    config, text = _config(options), _prompt(options)
+    from eellm.checkpoint.hf import load  # here: help and mistakes cost no torch import
+    from eellm.infer.engine import stream
+
     model = load(options.model, options.adapter, dtype=options.dtype, device=options.device)
-    text = sys.stdin.read() if options.prompt == "-" else options.prompt
-    if not text:
-        raise RequestError("the prompt is empty")
-    run = stream(model, [{"role": "user", "content": text}] if options.chat else text, _config(options))
+    run = stream(model, [{"role": "user", "content": text}] if options.chat else text, config)
     if options.json:
         print(json.dumps(as_json(run, list(run)), ensure_ascii=False))
         return
@@ -82,7 +85,7 @@ def main(args: list[str]) -> None:
     err.print(legend(run.exits, num_layers), summary(run.stats()), sep="\n", highlight=False)
 
 
-def as_json(run: Run, tokens: list[Token]) -> dict:
+def as_json(run: "Run", tokens: list["Token"]) -> dict[str, Any]:
     """The contract of `--json`: text, tokens, stats."""
     return {
         "text": "".join(token.text for token in tokens),
@@ -90,6 +93,16 @@ def as_json(run: Run, tokens: list[Token]) -> dict:
         "stats": asdict(run.stats()),
         "finish_reason": run.finish_reason,
     }
+
+
+def _prompt(options: Options) -> str:
+    try:
+        text = sys.stdin.read() if options.prompt == "-" else options.prompt
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the prompt on stdin is not UTF-8: {error}") from None
+    if not text:
+        raise RequestError("the prompt is empty")
+    return text
 
 
 def _config(options: Options) -> GenerateConfig:

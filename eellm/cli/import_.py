@@ -6,7 +6,6 @@ from typing import Literal
 
 import tyro
 
-from eellm.checkpoint.hf import load, save, stored_dtype
 from eellm.cli.options import parse
 from eellm.errors import CheckpointError
 from eellm.log import log
@@ -26,7 +25,9 @@ class Options:
 
 def main(args: list[str]) -> None:
     options = parse(Options, args, verb="import")
-    if options.out.exists() and options.out.samefile(options.source):
+    from eellm.checkpoint.hf import load, save, stored_dtype  # here: help and mistakes cost no torch import
+
+    if options.out.exists() and options.out.resolve() == Path(options.source).resolve():
         raise CheckpointError(f"{options.out}: is the source itself; name another directory to write")
     model = load(options.source, dtype=options.dtype or stored_dtype(options.source))
     save(model, options.out)

@@ -30,7 +30,8 @@ def main(args: list[str] | None = None) -> int:
     log_to_stderr()
     try:
         if args[0] not in VERBS:
-            raise ConfigError(f"unknown command '{args[0]}'{did_you_mean(args[0], VERBS)}; see 'eellm --help'")
+            kind, known = ("option", ("--help", "--version")) if args[0].startswith("-") else ("command", VERBS)
+            raise ConfigError(f"unknown {kind} '{args[0]}'{did_you_mean(args[0], known)}; see 'eellm --help'")
         import_module(VERBS[args[0]][0]).main(args[1:])
     except EellmError as error:
         print(f"eellm: {' '.join(str(error).split())}", file=sys.stderr)
@@ -40,6 +41,9 @@ def main(args: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our stdout has left: nothing to say, and nowhere to say it
         sys.stderr.close()
         return 0
+    except OSError as error:  # what the machine refuses: permissions, a full disk, a file where a directory should be
+        print(f"eellm: {error.filename or 'input/output'}: {error.strerror or error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -61,7 +61,15 @@ def _one_line(box: str, verb: str) -> str:
     lines = [re.sub(r"^[│╭╰─\s]+|[│╮╯─\s]+$", "", line) for line in box.splitlines()]
     text = " ".join(line for line in lines[1:] if line)
     message = re.split(r" For full helptext| Argument helptext", text)[0].strip()
+    for theirs, ours in _WORDS.items():
+        message = re.sub(theirs, ours, message)
     return f"{message}; see 'eellm {verb} --help'"
+
+
+_WORDS = {  # Python's words for a bad number
+    r"invalid literal for int\(\) with base 10: (.+)": r"\1 is not a whole number",
+    r"could not convert string to float: (.+)": r"\1 is not a number",
+}
 
 
 def _layers(words: list[str]) -> tuple[int, ...] | None:

@@ -2,17 +2,23 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
 from eellm.exits.palette import colour
-from eellm.infer.engine import Stats
+
+if TYPE_CHECKING:
+    from eellm.infer.engine import Stats
 
 
 def show_token(console: Console, text: str, layer: int, num_layers: int) -> None:
     """One token's text, as it comes, in the colour of the layer that it left at."""
+    if not console.is_terminal:  # data, which rich would change: it expands tabs and drops control characters
+        print(text, end="", file=console.file, flush=True)
+        return
     name = colour(layer, num_layers)
     style = Style() if name is None else Style(color=name, underline=True)
     console.print(Text(text, style), end="", soft_wrap=True, highlight=False)
@@ -28,7 +34,7 @@ def legend(exits: Sequence[int], num_layers: int) -> Text:
     return Text(" · ").join(parts)
 
 
-def summary(stats: Stats) -> str:
+def summary(stats: "Stats") -> str:
     """One line: how deep, how much was saved, how fast."""
     saved = 1 - stats.layers_run / stats.layers_full
     return (

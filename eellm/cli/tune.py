@@ -6,7 +6,6 @@ from eellm.cli.options import parse
 from eellm.config.load import from_toml
 from eellm.config.tune import TuneConfig
 from eellm.errors import ConfigError
-from eellm.train.tune import tune
 
 
 def main(args: list[str]) -> None:
@@ -15,4 +14,7 @@ def main(args: list[str]) -> None:
             parse(TuneConfig, ["--help"], verb="tune RECIPE.toml")
         raise ConfigError("name the recipe first: eellm tune RECIPE.toml [--optim.lr 1e-3 …]")
     recipe = from_toml(TuneConfig, Path(args[0]))
-    tune(parse(TuneConfig, args[1:], verb="tune", default=recipe))
+    config = parse(TuneConfig, args[1:], verb="tune", default=recipe)
+    from eellm.train.tune import tune  # here: help and mistakes cost no torch import
+
+    tune(config)

@@ -6,7 +6,7 @@
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +98,7 @@ def generate(
     prompts: strings, lists of token ids, or lists of chat messages ({"role": …, "content": …}). The other options are
     those of `GenerateConfig`. Raises ConfigError or RequestError before anything is generated.
     """
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | Mapping)):
         raise RequestError("prompts must be a list of prompts; put the single one in a list")
     options = GenerateConfig(
         max_new_tokens=max_new_tokens,
@@ -108,7 +108,7 @@ def generate(
         exits=None if exits is None else tuple(exits),
         max_deferred=max_deferred,
         sampling=sampling,
-        stop=tuple(stop),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
         ignore_eos=ignore_eos,
     )
     requests = [make_request(model, prompt, options) for prompt in prompts]
@@ -120,8 +120,8 @@ def stream(model: EarlyExitLM, prompt: Prompt, options: GenerateConfig = Generat
     return Run(model, make_request(model, prompt, options))
 
 
-class Run:
-    """One request being generated. Iterating it does the work."""
+class Run(Iterator[Token]):
+    """One request being generated. Iterating it does the work, once."""
 
     def __init__(self, model: EarlyExitLM, request: Request) -> None:
         self.model = model
@@ -132,10 +132,14 @@ class Run:
         self.finish_reason = "length"
         self.exits: list[int] = []
         self._times: list[float] = []
+        self._tokens = self._generate()
         self._decoder = StreamDecoder(model.tokenizer) if model.tokenizer is not None else None
         self._stops = StopStrings(request.options.stop)
 
-    def __iter__(self) -> Iterator[Token]:
+    def __next__(self) -> Token:
+        return next(self._tokens)
+
+    def _generate(self) -> Iterator[Token]:
         request, options = self.request, self.request.options
         self._times = [time.perf_counter()]
         tokens = request.tokens

@@ -32,7 +32,8 @@ class Sampler:
         if sampling.temperature == 0:
             token = int(logits_V.argmax())
         else:
-            probabilities_V = filtered(logits_V / sampling.temperature, sampling)
+            distance_V = logits_V - logits_V.max()  # so that a tiny temperature overflows to -inf, never to inf
+            probabilities_V = filtered(distance_V / sampling.temperature, sampling)
             token = int(torch.multinomial(probabilities_V, 1, generator=self.generator))
         if sampling.repetition_penalty != 1.0:
             self.seen = torch.cat((self.seen, self.seen.new_tensor([token])))
