@@ -44,8 +44,8 @@ class Options:
     """Layers of the exits in use on the curve. Default: all."""
     new_tokens: int = 32
     """Tokens that each run of the curve generates."""
-    seq_len: int = 512
-    """Tokens in a row; documents are packed into rows and don't see each other."""
+    seq_len: int | None = None
+    """Tokens in a row, into which documents are packed without seeing each other. Default: 512, or all that fit."""
     max_tokens: int = 20000
     """Most tokens of the text that are looked at, from its beginning."""
     batch_size: int = 4
@@ -63,7 +63,8 @@ def main(args: list[str]) -> None:
     check_at_least(options, 2, "seq_len", "max_tokens", "new_tokens")
     check_at_least(options, 1, "batch_size")
     model = load(options.model, options.adapter, dtype=options.dtype, device=options.device)
-    rows = text_rows(options.text, model, seq_len=options.seq_len, max_tokens=options.max_tokens)
+    seq_len = options.seq_len or min(512, model.config.max_seq_len)
+    rows = text_rows(options.text, model, seq_len=seq_len, max_tokens=options.max_tokens)
     config = CurveConfig(policy=options.policy, exits=options.exits, new_tokens=options.new_tokens)
     if options.curve:
         check_curve(model, config)
@@ -107,8 +108,8 @@ def _write(
             log.warning(f"no curve.svg: {error}")
     write_report(
         directory / "report.html",
-        title=f"Early exits of {Path(options.model).name}",
-        notes=_notes(options, evaluation, curve),
+        title=f"Early exits of {Path(options.model).resolve().name}",
+        notes=_notes(options, rows.tokens_NT.shape[1], evaluation, curve),
         generations=_samples(options, model, rows),
         table=evaluation.as_json(),
         curve=None if curve is None else curve.as_json(),
@@ -120,18 +121,19 @@ def _samples(options: Options, model: EarlyExitLM, rows: Rows) -> list[tuple[str
     """The beginning of the text continued at full depth and at two thresholds."""
     length = min(48, model.config.max_seq_len // 2)
     (prompt,) = cut_prompts(rows, num_prompts=1, prompt_tokens=length)
+    assert model.tokenizer is not None, "text_rows refuses models without"
     text = model.tokenizer.decode(prompt)
-    choices = [("Full depth", {"method": "full"})]
-    if model.config.exits:
-        rule = {"policy": options.policy, "exits": options.exits}
-        choices += [(f"{options.policy}, τ = {tau}", {"threshold": tau, **rule}) for tau in (0.8, 0.5)]
-    return [(label, text, generate(model, [prompt], **choice)[0]) for label, choice in choices]
+    samples = [("full depth", text, generate(model, [prompt], method="full")[0])]
+    for tau in (0.8, 0.5) if model.config.exits else ():
+        (out,) = generate(model, [prompt], policy=options.policy, threshold=tau, exits=options.exits)
+        samples.append((f"{options.policy}, τ = {tau}", text, out))
+    return samples
 
 
-def _notes(options: Options, evaluation: Evaluation, curve: Curve | None) -> list[str]:
+def _notes(options: Options, seq_len: int, evaluation: Evaluation, curve: Curve | None) -> list[str]:
     """What the figures are, and what they aren't."""
     notes = [
-        f"Measured on {options.text.name}: {evaluation.num_tokens} tokens in rows of {options.seq_len}. Each exit "
+        f"Measured on {options.text.name}: {evaluation.num_tokens} tokens in rows of {seq_len}. Each exit "
         "predicts every token from the true ones before it, so agreement with the final exit is what a threshold "
         "risks on this text, not on the model's own."
     ]

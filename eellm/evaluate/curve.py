@@ -23,6 +23,7 @@ from eellm.exits.lm import EarlyExitLM
 from eellm.exits.metrics import ExitTable, PolicyPoint
 from eellm.infer.engine import Stats, stream
 from eellm.infer.request import make_request
+from eellm.log import log
 
 THRESHOLDS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 
@@ -117,6 +118,8 @@ def check_curve(model: EarlyExitLM, config: CurveConfig) -> None:
     """Raises ConfigError for what the model can't do, before any work."""
     if not model.config.exits:
         raise ConfigError("the model has no exits to draw a curve of; 'eellm add-exits' makes some")
+    if config.new_tokens >= model.config.max_seq_len:
+        raise ConfigError(f"new_tokens = {config.new_tokens}: the model's context is {model.config.max_seq_len}")
     for threshold in config.thresholds:
         make_request(model, [0], config.options(threshold))
 
@@ -125,7 +128,8 @@ def measure_curve(model: EarlyExitLM, rows: Rows, table: ExitTable, config: Curv
     """The curve of `model`: quality from `table`, speed on prompts cut out of `rows`. Raises ConfigError."""
     check_curve(model, config)
     thresholds = sorted(config.thresholds, reverse=True)
-    prompts = cut_prompts(rows, num_prompts=config.num_prompts, prompt_tokens=_room(model, config))
+    room = model.config.max_seq_len - config.new_tokens
+    prompts = cut_prompts(rows, num_prompts=config.num_prompts, prompt_tokens=min(config.prompt_tokens, room))
     load_before = os.getloadavg()
     full, early = _run_interleaved(model, prompts, [config.options(tau) for tau in thresholds], config)
     points = []
@@ -159,14 +163,6 @@ def cut_prompts(rows: Rows, *, num_prompts: int, prompt_tokens: int) -> list[lis
     return [tokens[start : start + length].tolist() for start in starts]
 
 
-def _room(model: EarlyExitLM, config: CurveConfig) -> int:
-    """The prompts' length, so that the new tokens fit into the model's context behind them."""
-    room = model.config.max_seq_len - config.new_tokens
-    if room < 1:
-        raise ConfigError(f"new_tokens = {config.new_tokens}: the model's context is {model.config.max_seq_len}")
-    return min(config.prompt_tokens, room)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Sample:
     tokens: list[int]
@@ -180,7 +176,8 @@ def _run_interleaved(
     full_depth = config.options(1.0, method="full")
     _run(model, prompts[0], full_depth)  # the first run of a process is slower
     full, early = [], []
-    for prompt in prompts:
+    for number, prompt in enumerate(prompts, start=1):
+        log.info(f"curve: prompt {number} of {len(prompts)} at {len(options)} thresholds")
         full.append([_run(model, prompt, full_depth)])
         early.append([])
         for option in options:

@@ -77,7 +77,7 @@ class _Token:
     title: str
     colour: str | None
     mark: str
-    """The exit's layer, on the first token of a run of tokens that left there."""
+    """The layer of an early exit, on the first token of a run that left there."""
     is_blank: bool
     """It has no text of its own, and `text` stands for it."""
 
@@ -104,7 +104,7 @@ def _tokens(out: Generation, num_layers: int) -> list[_Token]:
             f"{_name(layer, num_layers)} · confidence {out.confidences[i]:.2f} · "
             f"probability {math.exp(out.logprobs[i]):.2f} · token {out.tokens[i]}"
         )
-        mark = str(layer) if layer != before else ""
+        mark = str(layer) if layer not in (before, num_layers) else ""
         tokens.append(_Token(text or "·", title, colour(layer, num_layers), mark, not text))
         before = layer
     return tokens

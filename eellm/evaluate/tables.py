@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 
@@ -17,7 +18,8 @@ class Cells:
 
     def as_rich(self, title: str) -> Table:
         """For the terminal."""
-        table = Table(*self.headers, title=title, title_justify="left")
+        narrow = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False, "show_edge": False}  # 80 columns
+        table = Table(*self.headers, title=title, title_justify="left", **narrow)
         for column in table.columns:
             column.justify = "right"
         for row in self.rows:
@@ -44,14 +46,15 @@ def evaluation_cells(evaluation: Mapping[str, Any]) -> Cells:
 
 def curve_cells(curve: Mapping[str, Any]) -> Cells:
     """One row per threshold: quality on the text, then what generation measured."""
-    headers = ("τ", "leave early", "agree", "perplexity", "tok/s", "speed-up", "range", "layers", "mean exit", "same")
+    headers = ("τ", "early", "agree", "perplexity", "tok/s", "speed-up", "range", "layers", "exit", "same")
     return Cells(headers, tuple(_curve_row(point, str(curve["num_layers"])) for point in curve["points"]))
 
 
 CURVE_LEGEND = (
-    "On the text: share of tokens that leave early, agreement of the exit taken with the final one, perplexity. "
-    "Generating: decoded tokens a second, median speed-up over full depth and its range, layer passes run, mean exit "
-    "layer, share of tokens before the first that isn't full depth's."
+    "On the text: early = share of tokens that leave early, agree = share whose exit makes the final exit's choice, "
+    "perplexity of the exits taken. Generating: tok/s = tokens decoded a second, speed-up over full depth with its "
+    "range over the prompts, layers = share of layer passes run, exit = mean exit layer, same = share of tokens before "
+    "the first that isn't full depth's."
 )
 
 
@@ -60,22 +63,22 @@ def _curve_row(point: Mapping[str, Any], final: str) -> tuple[str, ...]:
     low, high = measured["speedup_range"]
     return (
         f"{point['threshold']:g}",
-        _percent(1 - point["taken"][final]),
+        f"{1 - point['taken'][final]:.0%}",
         _percent(point["agreement"]),
         _number(point["perplexity"], 2),
         _number(measured["tokens_per_s"], 1),
         f"{measured['speedup']:.2f}×",
         f"{low:.2f}–{high:.2f}",
-        _percent(measured["layers_run"] / measured["layers_full"]),
+        f"{measured['layers_run'] / measured['layers_full']:.0%}",
         _number(measured["mean_exit_layer"], 1),
-        _percent(measured["same_prefix"]),
+        f"{measured['same_prefix']:.0%}",
     )
 
 
 def _number(value: float | None, digits: int) -> str:
     if value is None:
         return "–"
-    return f"{value:,.{digits}f}" if value < 1e6 else f"{value:.1e}"
+    return f"{value:,.{digits}f}" if value < 1e5 else f"{value:.1e}"
 
 
 def _percent(share: float) -> str:

@@ -34,6 +34,8 @@ class ExitHead:
 
 
 class EarlyExitLM(nn.Module):
+    """A decoder with its exits. Made by `eellm.build` or `eellm.load`; `tokenizer` is set where the model has one."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config

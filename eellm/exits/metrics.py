@@ -26,10 +26,14 @@ POLICIES = (*SCORES, "gate")
 class PackedBatch(Protocol):
     """Packed rows of text, as `eellm.data.loader.Batch` has them; all int64, on the model's device."""
 
-    tokens_BT: Tensor
-    labels_BT: Tensor
-    positions_BT: Tensor
-    documents_BT: Tensor
+    @property
+    def tokens_BT(self) -> Tensor: ...  # noqa: N802
+    @property
+    def labels_BT(self) -> Tensor: ...  # noqa: N802
+    @property
+    def positions_BT(self) -> Tensor: ...  # noqa: N802
+    @property
+    def documents_BT(self) -> Tensor: ...  # noqa: N802
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +134,6 @@ class ExitTable:
         )
 
 
-@torch.inference_mode()
 def exit_table(
     model: EarlyExitLM, batches: Iterable[PackedBatch], *, policies: Sequence[str] = POLICIES, chunk_size: int = 512
 ) -> ExitTable:
@@ -144,15 +147,16 @@ def exit_table(
     parts: dict[int, list[ExitRows]] = {layer: [] for layer in layers}
     labels: list[Tensor] = []
     for batch in batches:
-        rows = model.decoder.packed_rows(batch.positions_BT, batch.documents_BT)
-        is_target_BT = batch.labels_BT != IGNORE
-        labels_N = batch.labels_BT[is_target_BT]
-        labels.append(labels_N.cpu())
-        for layer, h_BTD in model.hiddens(batch.tokens_BT, rows):
-            # NOTE all rows: a `layer` exit attends to those without a target too
-            z_ND = model.normed(layer, h_BTD, rows)[is_target_BT]
-            chunks = zip(z_ND.split(chunk_size), labels_N.split(chunk_size), strict=True)
-            parts[layer] += [_ask(model, layer, *chunk, policies) for chunk in chunks]
+        with torch.inference_mode():
+            rows = model.decoder.packed_rows(batch.positions_BT, batch.documents_BT)
+            is_target_BT = batch.labels_BT != IGNORE
+            labels_N = batch.labels_BT[is_target_BT]
+            labels.append(labels_N.cpu())
+            for layer, h_BTD in model.hiddens(batch.tokens_BT, rows):
+                # NOTE all rows: a `layer` exit attends to those without a target too
+                z_ND = model.normed(layer, h_BTD, rows)[is_target_BT]
+                chunks = zip(z_ND.split(chunk_size), labels_N.split(chunk_size), strict=True)
+                parts[layer] += [_ask(model, layer, *chunk, policies) for chunk in chunks]
     if not sum(map(len, labels)):
         raise DataError("the text has no token to be predicted; give more of it")
     return ExitTable(torch.cat(labels), {layer: _joined(parts[layer]) for layer in layers})

@@ -42,8 +42,8 @@ def tune(config: TuneConfig) -> Path:
     Raises ConfigError, DataError or CheckpointError for what is wrong with the recipe, RunError for a run that can't
     go on.
     """
+    tuner = Tuner(config)  # first: a recipe that is refused leaves nothing behind
     run_dir = RunDir(config.train.out_dir)
-    tuner = Tuner(config)
     done = tuner.resume(run_dir)
     with MetricsLog(run_dir.metrics, num_steps=config.train.steps, done=done) as metrics:
         for step in range(done + 1, config.train.steps + 1):
@@ -207,5 +207,5 @@ def _check_same_recipe(saved: dict[str, Any], now: dict[str, Any], path: Path) -
         if saved.get(key) != now.get(key):
             raise RunError(
                 f"{path} holds a run with {key} = {saved.get(key, 'its default')!r}, the recipe says "
-                f"{now.get(key, 'its default')!r}; use another train.out_dir, or --no-train.resume to start anew"
+                f"{now.get(key, 'its default')!r}; use another train.out_dir, or --train.no-resume to start anew"
             )

@@ -1,0 +1,133 @@
+"""The public surface is small and listed; what only thinks loads no torch; files stay short."""
+
+import dataclasses
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+import eellm
+from eellm.cli.main import VERBS
+from eellm.config.tune import TuneConfig
+
+ROOT = Path(__file__).parents[2]
+
+PUBLIC = """
+    EarlyExitLM EellmError ExitConfig GenerateConfig Generation ModelConfig RopeConfig Sampling Token
+    add_exits build generate load save save_adapter stream
+"""
+
+OPTIONS = {
+    "import": "source out dtype",
+    "add-exits": "base out exits kind head norm gate-size init seed",
+    "generate": """
+        model prompt adapter chat max-new-tokens method policy threshold exits max-deferred
+        temperature top-k top-p min-p repetition-penalty seed stop ignore-eos dtype device json
+    """,
+    "evaluate": """
+        model text adapter curve out policy exits new-tokens seq-len max-tokens batch-size dtype device json
+    """,
+    "tune": """
+        model.base model.adapter model.exits model.init model.fit-scale model.dtype model.device
+        data.train data.validation data.validation-rows data.seq-len
+        train.out-dir train.steps train.batch-size train.accumulate train.seed train.evaluate-every train.save-every
+        train.resume
+        objective.beta objective.temperature objective.gate objective.chunk-size
+        optim.lr optim.min-lr optim.warmup-steps optim.beta1 optim.beta2 optim.weight-decay optim.clip
+    """,
+}
+
+LIGHT = """
+    eellm eellm.errors eellm.log eellm.config.check eellm.config.infer eellm.config.load eellm.config.model
+    eellm.config.tune eellm.text.chat eellm.text.stream eellm.text.tokenizer eellm.cli.main eellm.cli.options
+"""
+
+
+def options_of(cls, prefix=""):
+    """The names of a verb's options, nested ones with dots."""
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        name = prefix + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from options_of(hints[field.name], f"{name}.")
+        else:
+            yield name
+
+
+def test_the_public_names_are_these_and_each_is_there():
+    assert eellm.__all__ == PUBLIC.split()
+    for name in PUBLIC.split():
+        assert getattr(eellm, name).__doc__, f"{name} has no docstring"
+        assert getattr(eellm, name).__name__ == name
+    assert set(dir(eellm)) == {*PUBLIC.split(), "__version__"}
+
+
+def test_a_name_that_is_not_public_is_no_attribute():
+    with pytest.raises(AttributeError, match="module 'eellm' has no attribute 'lod'"):
+        eellm.lod  # noqa: B018
+
+
+def test_the_version_is_the_project_s():
+    assert eellm.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+def test_the_verbs_and_their_options_are_these():
+    found = {}
+    for verb, (module, _) in VERBS.items():
+        options = TuneConfig if verb == "tune" else import_module(module).Options
+        found[verb] = set(options_of(options))
+    assert found == {verb: set(names.split()) for verb, names in OPTIONS.items()}
+
+
+def test_every_option_says_what_it_is():
+    for verb, (module, _) in VERBS.items():
+        source = Path(import_module(module if verb != "tune" else "eellm.config.tune").__file__).read_text()
+        source = source.partition("class TuneConfig")[0]  # its fields are the tables, which say it themselves
+        for name in OPTIONS[verb].split():
+            field = name.rpartition(".")[2].replace("-", "_")
+            lines = [i for i, line in enumerate(source.splitlines()) if line.startswith(f"    {field}:")]
+            assert lines, name
+            for i in lines:
+                assert source.splitlines()[i + 1].startswith('    """'), f"{verb} {name} has no docstring"
+
+
+def modules_after(code: str) -> set[str]:
+    """What a fresh process has loaded after `code`, by the first part of its name."""
+    code += "\nimport sys; print('|', *sorted({name.partition('.')[0] for name in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    return set(done.stdout.rpartition("|")[2].split())
+
+
+def test_what_only_thinks_loads_no_torch():
+    code = "\n".join(f"import {module}" for module in LIGHT.split())
+    code += "\neellm.ModelConfig; eellm.ExitConfig; eellm.GenerateConfig; eellm.Sampling; eellm.EellmError; dir(eellm)"
+    loaded = modules_after(code)
+    assert "eellm" in loaded
+    assert not loaded & {"torch", "safetensors", "transformers"}
+
+
+def test_every_module_of_config_and_text_is_in_the_list_of_the_light_ones():
+    files = [*ROOT.glob("eellm/config/*.py"), *ROOT.glob("eellm/text/*.py")]
+    modules = {".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files if file.stem != "__init__"}
+    assert modules <= set(LIGHT.split())
+
+
+def test_no_file_of_the_package_is_longer_than_400_lines():
+    lengths = {str(f.relative_to(ROOT)): len(f.read_text().splitlines()) for f in ROOT.glob("eellm/**/*.py")}
+    assert len(lengths) > 40
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
+
+
+def test_package_inits_are_empty_but_the_root_s():
+    inits = [file for file in ROOT.glob("eellm/*/**/__init__.py") if file.read_text()]
+    assert inits == []
+
+
+def test_every_module_opens_with_its_story():
+    for file in ROOT.glob("eellm/**/*.py"):
+        if file.name != "__init__.py" or file.parent == ROOT / "eellm":
+            assert file.read_text().startswith('"""'), file
