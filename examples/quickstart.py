@@ -145,7 +145,7 @@ def generate(model: eellm.EarlyExitLM) -> list[tuple[str, str, eellm.Generation]
         console.print(f"\n[bold]{question}[/bold]")
         for label, choice in CHOICES.items():
             prompt = [{"role": "user", "content": question}]
-            (out,) = eellm.generate(model, [prompt], max_new_tokens=40, **choice)
+            (out,) = eellm.generate(model, [prompt], max_new_tokens=32, **choice)
             console.print(f"[dim]{label}:[/dim] ", end="")
             for piece, exit in zip(out.pieces, out.exits, strict=True):
                 show_token(console, piece, exit, 30)

@@ -141,8 +141,8 @@ def _notes(options: Options, seq_len: int, evaluation: Evaluation, curve: Curve 
         load, machine = curve.machine["load_average"], curve.machine
         notes.append(
             f"Speed is of one sequence at a time on this machine ({machine['device']}, {machine['dtype']}, "
-            f"{machine['num_threads']} of {machine['num_cpus']} threads, load average {load[0]:.1f} before and "
-            f"{load[1]:.1f} after), on {curve.num_prompts} prompts with {curve.config.new_tokens} new tokens each. "
+            f"threads: {machine['num_threads']}, processors: {machine['num_cpus']}, load average {load[0]:.1f} before "
+            f"and {load[1]:.1f} after), on {curve.num_prompts} prompts with {curve.config.new_tokens} new tokens each. "
             "Every run stands between two at full depth and is compared with those."
         )
     return notes

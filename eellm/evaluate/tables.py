@@ -46,15 +46,15 @@ def evaluation_cells(evaluation: Mapping[str, Any]) -> Cells:
 
 def curve_cells(curve: Mapping[str, Any]) -> Cells:
     """One row per threshold: quality on the text, then what generation measured."""
-    headers = ("τ", "early", "agree", "perplexity", "tok/s", "speed-up", "range", "layers", "exit", "same")
+    headers = ("τ", "early", "agree", "ppl", "tok/s", "speed", "range", "layers", "exit", "same")
     return Cells(headers, tuple(_curve_row(point, str(curve["num_layers"])) for point in curve["points"]))
 
 
 CURVE_LEGEND = (
-    "On the text: early = share of tokens that leave early, agree = share whose exit makes the final exit's choice, "
-    "perplexity of the exits taken. Generating: tok/s = tokens decoded a second, speed-up over full depth with its "
-    "range over the prompts, layers = share of layer passes run, exit = mean exit layer, same = share of tokens before "
-    "the first that isn't full depth's."
+    "On the text: τ = threshold, early = share of tokens that leave early, agree = share whose exit makes the final "
+    "exit's choice, ppl = perplexity of the exits taken. Generating: tok/s = tokens decoded a second, speed = speed-up "
+    "over full depth, range = its range over the prompts, layers = share of layer passes run, exit = mean exit layer, "
+    "same = share of tokens before the first that isn't full depth's."
 )
 
 
@@ -78,7 +78,9 @@ def _curve_row(point: Mapping[str, Any], final: str) -> tuple[str, ...]:
 def _number(value: float | None, digits: int) -> str:
     if value is None:
         return "–"
-    return f"{value:,.{digits}f}" if value < 1e5 else f"{value:.1e}"
+    if value < 1e5:
+        return f"{value:,.{digits if value < 1e4 else 0}f}"
+    return f"{value:.1e}"
 
 
 def _percent(share: float) -> str:

@@ -195,15 +195,20 @@ def test_options_of_generation_reach_the_engine(base, adapter, run):
         (("--threshold", "0.3", "--exits", "all"), {"threshold": 0.3}),
         (("--policy", "gate", "--threshold", "0.5"), {"policy": "gate", "threshold": 0.5}),
         (("--policy", "margin", "--threshold", "0.2"), {"policy": "margin", "threshold": 0.2}),
-        (
-            ("--temperature", "0.9", "--top-k", "9", "--top-p", "0.9", "--min-p", "0.01", "--seed", "4"),
-            {"sampling": eellm.Sampling(temperature=0.9, top_k=9, top_p=0.9, min_p=0.01, seed=4)},
-        ),
         (("--repetition-penalty", "1.5"), {"sampling": eellm.Sampling(repetition_penalty=1.5)}),
     ):
         data, other = ids(*args), wanted(**options)
         assert [t["id"] for t in data["tokens"]] == other.tokens, args
         assert [t["exit"] for t in data["tokens"]] == other.exits, args
+    draws = {"temperature": 2.0, "seed": 4}
+    seen = set()
+    for more in ({}, {"seed": 5}, {"temperature": 1.0}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.4}):
+        sampling = draws | more
+        args = [word for name, value in sampling.items() for word in (f"--{name.replace('_', '-')}", value)]
+        tokens = [t["id"] for t in ids("--method", "full", *args)["tokens"]]
+        assert tokens == wanted(method="full", sampling=eellm.Sampling(**sampling)).tokens
+        seen.add(tuple(tokens))
+    assert len(seen) == 6, "each option must make a difference"
     capped = ids("--threshold", "0", "--max-deferred", "1")
     assert capped["stats"]["deep_passes"] == 1 + 15 // 2
     stops = wanted(method="full").text

@@ -8,6 +8,7 @@ import pytest
 
 import eellm
 from eellm.cli.main import main
+from eellm.evaluate.tables import CURVE_LEGEND
 from tests.models import tiny_model
 from tests.worlds import tiny_tokenizer
 
@@ -41,7 +42,15 @@ def test_a_table_with_a_row_per_exit_goes_to_stdout(model, text, capsys):
     out = capsys.readouterr().out
     for words in ("perplexity", "agrees with final", "mlp, tied", "norm, tied", "final", "100.0%", "299 tokens"):
         assert words in out
-    assert "speed-up" not in out
+    assert "tok/s" not in out
+
+
+def test_the_curve_s_table_has_a_whole_row_per_threshold_and_explains_its_columns(model, text, capsys):
+    assert main(["evaluate", model, "--text", text, *FAST, "--curve"]) == 0
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert len([line for line in out.splitlines() if "×" in line]) == 10
+    assert " ".join(CURVE_LEGEND.split()) in " ".join(out.split())
 
 
 def test_json_is_one_object_with_the_figures_of_every_exit_and_threshold(model, text, capsys):
@@ -121,8 +130,12 @@ def test_a_model_without_exits_is_evaluated_but_has_no_curve(text, tmp_path, cap
     arguments = ["evaluate", str(tmp_path / "plain"), "--text", text, *FAST]
     assert main([*arguments, "--json", "--out", str(tmp_path / "out")]) == 0
     assert len(json.loads(capsys.readouterr().out)["evaluation"]["exits"]) == 1
-    assert main([*arguments, "--curve"]) == 2
-    assert "no exits to draw a curve of" in capsys.readouterr().err
+    assert main([*arguments, "--curve", "--out", str(tmp_path / "none")]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "no exits to draw a curve of" in err
+    assert len(err.splitlines()) == 1
+    assert files(tmp_path) == ["out", "plain"]
 
 
 def test_without_matplotlib_all_but_the_picture_is_written(model, text, tmp_path, monkeypatch, capsys):
@@ -154,9 +167,15 @@ def test_bad_options_get_one_line_and_exit_code_2_and_write_nothing(model, text,
     assert files(tmp_path) == []
 
 
-def test_a_missing_file_and_a_model_without_a_tokenizer_are_named(model, text, tmp_path, capsys):
-    assert main(["evaluate", model, "--text", "nowhere.txt"]) == 2
-    assert "nowhere.txt: no such file" in capsys.readouterr().err
+def test_a_missing_or_empty_file_and_a_model_without_a_tokenizer_are_named(model, text, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    for file, message in (("nowhere.txt", "nowhere.txt: no such file"), (str(tmp_path / "empty.txt"), "empty.txt")):
+        assert main(["evaluate", model, "--text", file, "--curve", "--out", str(tmp_path / "out")]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert message in err
+        assert len(err.splitlines()) == 1
+        assert files(tmp_path) == ["empty.txt"]
     bare = tiny_model(dtype="float32")
     eellm.save(bare, tmp_path / "bare")
     assert main(["evaluate", str(tmp_path / "bare"), "--text", text]) == 2

@@ -1,10 +1,13 @@
 """The evaluation of a text and the curve over thresholds: their figures, their order of runs, their JSON."""
 
+import io
 import json
 import math
+import re
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import eellm
 from eellm.data.documents import Document
@@ -14,7 +17,7 @@ from eellm.errors import ConfigError, DataError
 from eellm.evaluate import curve as curve_module
 from eellm.evaluate.curve import CurveConfig, cut_prompts, measure_curve
 from eellm.evaluate.perplexity import evaluate, text_rows
-from eellm.evaluate.tables import curve_cells, evaluation_cells
+from eellm.evaluate.tables import CURVE_LEGEND, curve_cells, evaluation_cells
 from eellm.exits.metrics import exit_table
 from tests.models import tiny_model
 from tests.worlds import tiny_tokenizer
@@ -103,6 +106,7 @@ def test_a_curve_has_the_table_s_quality_and_generation_s_depth():
             same.append(differs[0] / 6 if differs else 1)
         assert measured.same_prefix == pytest.approx(np.mean(same))
         assert measured.speedup_range[0] <= measured.speedup <= measured.speedup_range[1]
+        assert all(0 < x < math.inf for x in (measured.tokens_per_s, *measured.speedup_range))
     first = curve.points[0][1]
     assert (first.same_prefix, first.mean_exit_layer) == (1, 6)
     assert curve.points[-1][1].layers_run < first.layers_run
@@ -148,6 +152,42 @@ def test_json_forms_survive_a_round_trip_and_fill_the_tables():
     assert [row[0] for row in cells.rows] == ["1", "0.5", "0.2"]
     assert all(len(row) == len(cells.headers) for row in cells.rows)
     assert curve["points"][0]["agreement_by_exit"] == {"1": None, "2": None, "3": None, "5": None, "6": 1}
+
+
+def wide_point(perplexity, tokens_per_s):
+    """A point of a model with 100 layers whose figures take as much room as they can."""
+    measured = {
+        "tokens_per_s": tokens_per_s,
+        "speedup": 12.34,
+        "speedup_range": [10.01, 13.57],
+        "layers_run": 9,
+        "layers_full": 9,
+        "mean_exit_layer": 100.0,
+        "same_prefix": 1.0,
+    }
+    point = {"threshold": 0.95, "taken": {"100": 0.0}, "agreement": 1.0, "perplexity": perplexity}
+    return point | {"measured": measured}
+
+
+def test_tables_fit_into_80_columns_with_every_figure_whole():
+    points = [wide_point(*figures) for figures in ((9999.99, 9999.9), (99999.4, 99999.4), (1.5e7, 1.5e5), (None, 1.0))]
+    exit = {"layer": 100, "kind": "layer, tied", "perplexity": 9999.99, "bits_per_byte": 99.999}
+    evaluation = {"exits": [exit | {"agreement": 1.0, "accuracy": 1.0}]}
+    for cells in (curve_cells({"num_layers": 100, "points": points}), evaluation_cells(evaluation)):
+        terminal = Console(file=io.StringIO(), width=80)
+        terminal.print(cells.as_rich("title"))
+        lines = terminal.file.getvalue().splitlines()
+        assert all(header in lines[1] for header in cells.headers)
+        for row, line in zip(cells.rows, lines[3:], strict=True):
+            assert " ".join(line.split()) == " ".join(row)
+    assert {"9,999.99", "99,999", "1.5e+07", "–"} == {
+        row[3] for row in curve_cells({"num_layers": 100, "points": points}).rows
+    }
+
+
+def test_the_legend_explains_every_column_in_its_order():
+    headers = curve_cells({"num_layers": 6, "points": []}).headers
+    assert tuple(re.findall(r"(\S+) = ", CURVE_LEGEND)) == headers
 
 
 def test_what_a_model_can_not_do_is_refused_before_any_run(monkeypatch):

@@ -127,6 +127,18 @@ def test_a_point_is_that_of_the_first_exit_that_is_sure_enough(policy):
     assert len(seen) >= 4, "the models' logits must be spread enough that most exits are taken"
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_exits_that_are_not_in_use_are_passed_by(policy):
+    model = tiny_model(seed=1)
+    table, rows = table_of(model), naive(model)
+    for exits, threshold in (([5, 2], 0.3), ([3], 0.5), ([1, 3, 5], 0.6)):
+        thresholds = dict.fromkeys(exits, threshold)
+        expected = [rule(at_row, thresholds, policy) for _, at_row in rows]
+        assert table.exit_taken(threshold, policy, exits).tolist() == expected
+        assert 6 in expected
+        assert len(set(expected)) > 1
+
+
 def test_a_threshold_of_one_takes_the_final_exit_and_of_zero_the_first():
     table = table_of(tiny_model(seed=0, sureness=200.0))
     assert max(float(exit.scores["max_prob"].max()) for exit in table.exits.values()) == 1

@@ -9,6 +9,7 @@ import pytest
 from eellm.errors import ConfigError
 from eellm.evaluate.plot import inline_svg, save_plot
 from eellm.evaluate.report import write_report
+from eellm.evaluate.tables import CURVE_LEGEND
 from eellm.exits.palette import PALETTE, colour
 from eellm.infer.engine import Generation, Stats
 
@@ -166,6 +167,13 @@ def test_hostile_text_stays_text(tmp_path):
     assert not {"script", "b"} & {tag for tag, _ in parsed.tags}
     assert not any("onfocus" in attributes for _, attributes in parsed.tags)
     assert parsed.text.count(HOSTILE) == 6, "twice the title; note, label, prompt, token"
+
+
+def test_the_text_of_every_token_is_there_in_order_and_the_legend_of_the_curve_too(tmp_path):
+    html, parsed = page(tmp_path)
+    spans = re.findall(r'<span class="t[ "][^>]*>(?:<sup>\d+</sup>)?([^<]*)</span>', html)
+    assert spans == ["Hel", "lo", "·", "!"]
+    assert " ".join(CURVE_LEGEND.split()) in parsed.text
 
 
 def test_text_keeps_its_whitespace_and_tokens_without_text_have_a_mark(tmp_path):
