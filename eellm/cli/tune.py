@@ -13,6 +13,8 @@ def main(args: list[str]) -> None:
         if "--help" in args or "-h" in args:
             parse(TuneConfig, ["--help"], verb="tune RECIPE.toml")
         raise ConfigError("name the recipe first: eellm tune RECIPE.toml [--optim.lr 1e-3 …]")
+    if any(word.startswith("--model.exits") for word in args):
+        raise ConfigError("--model.exits: exits are a list of tables; write them in the recipe")
     recipe = from_toml(TuneConfig, Path(args[0]))
     config = parse(TuneConfig, args[1:], verb="tune", default=recipe)
     from eellm.train.tune import tune  # here: help and mistakes cost no torch import

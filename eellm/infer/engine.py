@@ -155,7 +155,7 @@ class Run(Iterator[Token]):
             self._times.append(time.perf_counter())
             self.exits.append(choice.layer)
             if ended or stopped:
-                self.finish_reason = "eos" if ended else "stop"
+                self.finish_reason = "stop" if stopped else "eos"
             yield Token(id=token, text=text, exit=choice.layer, confidence=choice.score, logprob=logprob)
             if ended or stopped:
                 return

@@ -9,6 +9,7 @@ import pytest
 
 import eellm
 from eellm.cli.main import VERBS, main
+from eellm.infer.sampling import Sampler
 from tests.directories import assert_same_model, content
 from tests.models import tiny_model
 from tests.worlds import tiny_tokenizer
@@ -133,8 +134,6 @@ def test_generate_writes_the_text_alone_to_stdout_and_the_exits_to_stderr(base, 
 
 
 def test_what_is_piped_is_the_text_byte_for_byte(base, run, monkeypatch):
-    from eellm.infer.sampling import Sampler
-
     text = "\tif x:\r\n\t\treturn [bold]1[/bold] :smile: \x07 " + "long " * 60
     ids = iter(tiny_tokenizer().encode(text))
     monkeypatch.setattr(Sampler, "draw", lambda self, logits: next(ids, 0))
@@ -213,6 +212,14 @@ def test_options_of_generation_reach_the_engine(base, adapter, run):
     assert capped["stats"]["deep_passes"] == 1 + 15 // 2
     stops = wanted(method="full").text
     assert ids("--method", "full", "--stop", "zzzz", "--stop", stops[3:5])["text"] == stops[: stops.index(stops[3:5])]
+
+
+def test_an_end_of_text_ends_the_text_unless_it_is_to_be_ignored(base, run, monkeypatch):
+    for args, text, num_tokens in (((), "a", 2), (("--ignore-eos",), "ab", 3)):
+        ids = iter([*tiny_tokenizer().encode("a"), 0, *tiny_tokenizer().encode("b")])
+        monkeypatch.setattr(Sampler, "draw", lambda self, logits, ids=ids: next(ids))
+        data = json.loads(run("generate", base, "--prompt", "x", "--max-new-tokens", 3, "--json", *args)[0])
+        assert (data["text"], len(data["tokens"])) == (text, num_tokens)
 
 
 def test_chat_goes_through_the_model_s_template(base, run):

@@ -187,6 +187,12 @@ def test_rows_are_as_long_as_a_short_context_unless_told_otherwise(model, text, 
     assert "tokens in rows of 128" in (tmp_path / "report.html").read_text()
 
 
+def test_a_curve_that_can_not_be_drawn_is_refused_before_the_work(model, text, capsys, monkeypatch):
+    monkeypatch.setattr("eellm.cli.evaluate.evaluate", lambda *_, **__: pytest.fail("the work was started"))
+    assert main(["evaluate", model, "--text", text, "--curve", "--exits", "3"]) == 2
+    assert "no exit at layer 3" in capsys.readouterr().err
+
+
 def test_a_place_that_can_not_be_written_is_found_before_the_work(model, text, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("eellm.cli.evaluate.evaluate", lambda *_, **__: pytest.fail("the work was started"))

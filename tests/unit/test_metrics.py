@@ -135,7 +135,6 @@ def test_exits_that_are_not_in_use_are_passed_by(policy):
         thresholds = dict.fromkeys(exits, threshold)
         expected = [rule(at_row, thresholds, policy) for _, at_row in rows]
         assert table.exit_taken(threshold, policy, exits).tolist() == expected
-        assert 6 in expected
         assert len(set(expected)) > 1
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eellm
@@ -90,13 +90,14 @@ def test_each_filter_is_its_formula(options):
     assert (shares(LOGITS, **options) == 0).tolist() == (expected == 0).tolist()
 
 
+@settings(deadline=None)  # machines are busy at times
 @given(
     logits=st.lists(st.integers(-80, 80), min_size=2, max_size=12, unique=True).map(lambda x: [i / 10 for i in x]),
     temperature=st.sampled_from([0.5, 1.0, 2.0]),
     top_k=st.integers(0, 13),
     top_p=st.sampled_from([0.0, 0.2, 0.55, 0.9, 1.0]),
     min_p=st.sampled_from([0.0, 0.07, 0.33, 1.0]),
-    repetition_penalty=st.sampled_from([1.0, 1.4, 0.8]),
+    repetition_penalty=st.sampled_from([1.0, 1.37, 0.73]),  # no two tokens become equally likely
 )
 def test_all_filters_together_are_their_formula(logits, **options):
     options["seen"] = [0, 1, 1]

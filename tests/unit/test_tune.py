@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import eellm
+from eellm.cli.main import main
 from eellm.config.load import from_dict
 from eellm.config.tune import ObjectiveConfig, TuneConfig
 from eellm.errors import ConfigError, RunError
@@ -240,6 +241,20 @@ def test_a_directory_in_use_is_refused(base, text, tmp_path):
 def test_exits_without_weights_of_their_own_can_not_be_tuned(base, text, tmp_path):
     with pytest.raises(ConfigError, match="weights of its own"):
         tune(recipe(base, text, tmp_path / "run", model={"exits": [{"layer": 2, "kind": "embed"}]}))
+
+
+def test_options_override_the_recipe_and_exits_are_for_the_recipe_alone(base, text, tmp_path, capsys):
+    file = tmp_path / "recipe.toml"
+    file.write_text(
+        f'[model]\nbase = "{base}"\nexits = [{{ layer = 2, kind = "norm" }}]\n'
+        f'[data]\ntrain = ["{text}"]\nseq_len = 32\n[train]\nout_dir = "{tmp_path / "run"}"\nsteps = 9\n'
+    )
+    assert main(["tune", str(file), "--train.steps", "2", "--optim.lr", "1e-2"]) == 0
+    assert [row["lr"] for row in rows_of(tmp_path / "run")] == pytest.approx([0.001, 0.002])
+    assert main(["tune", str(file), "--train.steps", "2"]) == 2
+    assert "optim.lr" in capsys.readouterr().err
+    assert main(["tune", str(file), "--model.exits", "2"]) == 2
+    assert "write them in the recipe" in capsys.readouterr().err
 
 
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
