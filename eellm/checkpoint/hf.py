@@ -166,7 +166,8 @@ def _assemble(
             raise CheckpointError(
                 f"{source}: '{theirs}' has shape {tuple(tensor.shape)}, config.json wants {tuple(shapes[name])}"
             )
-        state[name] = tensor.to(device=device, dtype=torch_dtype(dtype))
+        # NOTE a copy: safetensors maps the file, where tensors lie unaligned and end with it
+        state[name] = tensor.to(device=device, dtype=torch_dtype(dtype), copy=True)
     missing = sorted(theirs for theirs, name in ours.items() if name not in state)
     if missing:
         raise CheckpointError(f"{source}: tensor '{missing[0]}' is missing ({len(missing)} in all)")
