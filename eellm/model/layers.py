@@ -39,6 +39,26 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.size, self.weight, self.eps)
 
 
+def side_by_side(x: Tensor, fused: Tensor | None, *linears: nn.Linear) -> tuple[Tensor, ...]:
+    """Each of `linears` applied to x; by one product with `fused` where their weights are parts of its memory.
+
+    Not while gradients are recorded: they belong to the parts.
+    """
+    if fused is None or torch.is_grad_enabled() or not _are_parts(fused, linears):
+        return tuple(linear(x) for linear in linears)
+    return F.linear(x, fused).split([linear.out_features for linear in linears], dim=-1)
+
+
+def _are_parts(fused: Tensor, linears: tuple[nn.Linear, ...]) -> bool:
+    """Whether no weight was replaced since `fused` (stored by column) was made of them."""
+    address = fused.data_ptr()
+    for linear in linears:
+        if linear.weight.data_ptr() != address:
+            return False
+        address += linear.out_features * fused.element_size()
+    return True
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions, optional biases, q/k norm and sliding window."""
 
@@ -53,13 +73,16 @@ class Attention(nn.Module):
         self.out = nn.Linear(H * E, D, bias=config.attention_out_bias)
         self.q_norm = RMSNorm(E, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(E, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.fused: Tensor | None = None
+        """The weights of q, k and v in one piece of memory, where `eellm.infer.layout` has put them so."""
 
     def forward(self, x_BTD: Tensor, rows: Rows, cache: LayerCache | None = None) -> Tensor:
         B, T, _ = x_BTD.shape
-        k_BKSE, v_BKSE = self.keys_values(x_BTD, rows)
+        q_BTD, k_BTD, v_BTD = side_by_side(x_BTD, self.fused, self.q, self.k, self.v)
+        k_BKSE, v_BKSE = self._keys_values(k_BTD, v_BTD, rows)
         if cache is not None:
             k_BKSE, v_BKSE = cache.append(k_BKSE, v_BKSE)
-        q_BHTE = self.q_norm(self.q(x_BTD).view(B, T, -1, self.head_size)).transpose(1, 2)
+        q_BHTE = self.q_norm(q_BTD.view(B, T, -1, self.head_size)).transpose(1, 2)
         q_BHTE = rotate(q_BHTE, rows.cos, rows.sin)
         mask = rows.masks[self.window]
         causal = mask is None and T > 1
@@ -70,9 +93,12 @@ class Attention(nn.Module):
 
     def keys_values(self, x_BTD: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Keys (rotated) and values of the rows, both (B, K, T, E)."""
-        B, T, _ = x_BTD.shape
-        k_BKTE = self.k_norm(self.k(x_BTD).view(B, T, -1, self.head_size)).transpose(1, 2)
-        v_BKTE = self.v(x_BTD).view(B, T, -1, self.head_size).transpose(1, 2)
+        return self._keys_values(self.k(x_BTD), self.v(x_BTD), rows)
+
+    def _keys_values(self, k_BTD: Tensor, v_BTD: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        B, T, _ = k_BTD.shape
+        k_BKTE = self.k_norm(k_BTD.view(B, T, -1, self.head_size)).transpose(1, 2)
+        v_BKTE = v_BTD.view(B, T, -1, self.head_size).transpose(1, 2)
         return rotate(k_BKTE, rows.cos, rows.sin), v_BKTE
 
 
@@ -86,9 +112,12 @@ class MLP(nn.Module):
         self.up = nn.Linear(D, width, bias=bias)
         self.down = nn.Linear(width, D, bias=bias)
         self.activation = ACTIVATIONS[config.activation]
+        self.fused: Tensor | None = None
+        """As in `Attention`, the weights of gate and up."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+        gate, up = side_by_side(x, self.fused, self.gate, self.up)
+        return self.down(self.activation(gate) * up)
 
 
 class Layer(nn.Module):
