@@ -6,6 +6,7 @@ from typing import Literal
 
 from eellm.config.check import check_at_least, check_fraction, check_literals
 from eellm.config.model import ExitConfig
+from eellm.config.optim import OptimConfig
 from eellm.errors import ConfigError
 
 
@@ -70,31 +71,6 @@ class ObjectiveConfig:
         check_at_least(self, 1, "chunk_size")
         if not self.temperature > 0:
             raise ConfigError(f"temperature = {self.temperature!r}: must be above 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """`[optim]`: AdamW with linear warm-up and cosine decay."""
-
-    lr: float = 1e-3
-    """Peak learning rate."""
-    min_lr: float = 1e-4
-    """Learning rate at the last step."""
-    warmup_steps: int = 10
-    """Steps from 0 to `lr`."""
-    beta1: float = 0.9
-    """Decay of the mean of gradients."""
-    beta2: float = 0.95
-    """Decay of the mean of squared gradients."""
-    weight_decay: float = 0.01
-    """On matrices; norms and biases have none."""
-    clip: float = 1.0
-    """Largest norm of the gradient; 0: unlimited."""
-
-    def __post_init__(self) -> None:
-        check_at_least(self, 0, "lr", "min_lr", "warmup_steps", "weight_decay", "clip")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise ConfigError(f"beta1, beta2 = {self.beta1!r}, {self.beta2!r}: must lie in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,7 +43,7 @@ OPTIONS = {
 
 LIGHT = """
     eellm eellm.errors eellm.log eellm.config.check eellm.config.infer eellm.config.load eellm.config.model
-    eellm.config.tune eellm.text.chat eellm.text.stream eellm.text.tokenizer eellm.cli.main eellm.cli.options
+    eellm.config.optim eellm.config.parallel eellm.config.train eellm.config.tune eellm.text.chat eellm.text.stream eellm.text.tokenizer eellm.cli.main eellm.cli.options
 """
 
 

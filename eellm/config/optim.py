@@ -1,0 +1,39 @@
+"""`[optim]`: AdamW and its learning rate, for training and tuning alike."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from eellm.config.check import check_at_least, check_fraction, check_literals
+from eellm.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """`[optim]`: AdamW with linear warm-up and a decaying learning rate."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    min_lr: float = 1e-4
+    """Learning rate at the last step."""
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    """How the rate goes from `lr` to `min_lr`: half a cosine, a line, or flat until the last `decay_fraction` of the
+    steps and then a line (warm-up, stable, decay)."""
+    decay_fraction: float = 0.2
+    """wsd: share of all steps in which the rate decays."""
+    warmup_steps: int = 10
+    """Steps from 0 to `lr`."""
+    beta1: float = 0.9
+    """Decay of the mean of gradients."""
+    beta2: float = 0.95
+    """Decay of the mean of squared gradients."""
+    weight_decay: float = 0.01
+    """On matrices; norms and biases have none."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0: unlimited."""
+
+    def __post_init__(self) -> None:
+        check_literals(self)
+        check_fraction(self, "decay_fraction")
+        check_at_least(self, 0, "lr", "min_lr", "warmup_steps", "weight_decay", "clip")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ConfigError(f"beta1, beta2 = {self.beta1!r}, {self.beta2!r}: must lie in [0, 1)")
