@@ -70,7 +70,7 @@ def _rank_main(rank: int, world_size: int, store: Path, work: bytes, sender: Con
         outcome = ("returned", pickle.loads(work)())
     except BaseException:
         outcome = ("raised", traceback.format_exc())
-    sender.send(outcome)
+    sender.send_bytes(pickle.dumps(outcome))  # by value: torch's own pickler would hand over memory of this process
     sender.close()
     if dist.is_initialized() and outcome[0] == "returned":
         dist.barrier()  # rank 0's store outlives the others' last calls
@@ -89,7 +89,7 @@ def _collect(pipes: list[Connection], timeout_s: float) -> list[Any]:
         for pipe in ready:
             rank = pipes.index(pipe)  # pyrefly: ignore[bad-argument-type]
             try:
-                outcomes[rank] = pipe.recv()  # pyrefly: ignore[missing-attribute]
+                outcomes[rank] = pickle.loads(pipe.recv_bytes())  # pyrefly: ignore[missing-attribute]
             except EOFError:
                 outcomes[rank] = ("died", "the process ended without a word")
             if outcomes[rank][0] != "returned":

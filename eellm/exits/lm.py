@@ -74,15 +74,20 @@ class EarlyExitLM(nn.Module):
         return self.exits[str(layer)]  # pyrefly: ignore[bad-return]
 
     def head(self, layer: int, rows: Rows) -> ExitHead:
-        """The exit at `layer` as its loss wants it (see `eellm.exits.loss`)."""
+        """The exit at `layer`, the final one included, as its loss wants it (see `eellm.exits.loss`)."""
+        if layer == self.config.num_layers:
+            return self._exit_head(layer, rows, [*self.decoder.norm.parameters(), *self.decoder.output.parameters()])
         shared = [] if self.exit(layer).output is not None else list(self.decoder.output.parameters())
         if self.exit(layer).config.norm == "final":
             shared += self.decoder.norm.parameters()
         own = [p for name, p in self.exit(layer).named_parameters() if not name.startswith("gate.")]
+        return self._exit_head(layer, rows, [*own, *shared])
+
+    def _exit_head(self, layer: int, rows: Rows, parameters: list[nn.Parameter]) -> ExitHead:
         return ExitHead(
             hidden=lambda h_BTD: self.normed(layer, h_BTD, rows),
             logits=lambda z_ND: self.logits(layer, z_ND),
-            parameters=tuple(dict.fromkeys([*own, *shared])),
+            parameters=tuple(dict.fromkeys(parameters)),
         )
 
     def _norm(self, layer: int, h_BTD: Tensor) -> Tensor:

@@ -45,13 +45,21 @@ class CrossEntropy:
         logits_NV = upcast(logits_NV)
         loss_N = cross_entropy(logits_NV / self.temperature, self.labels_N[rows])
         if self.confidence_weighting:
-            loss_N = loss_N * logits_NV.detach().softmax(-1).amax(-1)
+            loss_N = loss_N * confidence(logits_NV.detach())
         return loss_N.sum()
 
 
 def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     """Per row, (N,); 0 where the label is IGNORE."""
     return F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE, reduction="none")
+
+
+def confidence(logits_NV: Tensor) -> Tensor:
+    """The largest softmax probability per row, (N,).
+
+    NOTE not `softmax` or `logsumexp`: of logits sharded over the vocabulary they gather all, `amax` and `sum` don't.
+    """
+    return 1 / (logits_NV - logits_NV.amax(-1, keepdim=True)).exp().sum(-1)
 
 
 def upcast(logits: Tensor) -> Tensor:
@@ -84,6 +92,33 @@ def exit_loss_node(
     parameters = [p for p in (*head.parameters, *more_parameters) if p.requires_grad]
     call = _Call(head, objective, weight, chunk_size, report)
     return _ExitLoss.apply(x_BTD, call, *parameters)
+
+
+@torch.no_grad()
+def chunked_loss(x_BTD: Tensor, head: ExitHead, objective: Objective, *, chunk_size: int) -> Tensor:
+    """The objective's sum over all rows, a detached scalar; of the logits, one chunk exists at a time."""
+    z_ND = head.hidden(x_BTD).flatten(0, -2)
+    starts = range(0, len(z_ND), chunk_size)
+    chunks = (slice(start, min(start + chunk_size, len(z_ND))) for start in starts)
+    return sum(objective(z_ND[rows], head.logits(z_ND[rows]), rows) for rows in chunks)  # pyrefly: ignore[bad-return]
+
+
+def nothing(y: Tensor) -> Tensor:
+    """A zero whose backward runs that of `y` with zeros: where every loss is a node, this is all that is left to call
+    `backward` on."""
+    return _Nothing.apply(y)
+
+
+class _Nothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.like = (y.shape, y.dtype, y.device)
+        return y.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
+        shape, dtype, device = ctx.like
+        return torch.zeros((), dtype=dtype, device=device).expand(shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +177,7 @@ def chunked_gradients(
         loss = call.objective(chunk_ND, call.head.logits(chunk_ND), rows)
         grad_ND[rows], *grads = torch.autograd.grad(loss * call.weight, (chunk_ND, *parameters), allow_unused=True)
         totals = [_add(total, grad) for total, grad in zip(totals, grads, strict=True)]
-        loss_sum += loss.detach()
+        loss_sum = loss_sum + loss.detach()  # NOTE not in place: under tensor parallelism losses are DTensors
     inputs = [x_BTD] * needs_x + list(parameters)
     if z_BTD.requires_grad and inputs:
         grads = torch.autograd.grad(z_BTD, inputs, grad_ND.view_as(z_BTD), allow_unused=True)

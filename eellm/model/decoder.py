@@ -28,8 +28,9 @@ class Decoder(nn.Module):
         self.tie()
 
     def tie(self) -> None:
-        """Makes the output matrix the embedding matrix again, where the config says so."""
-        if self.config.tie_embeddings:
+        """Makes the output matrix the embedding matrix again, where the config says so and both are here (a pipeline
+        stage may hold one of them)."""
+        if self.config.tie_embeddings and hasattr(self, "embed") and hasattr(self, "output"):
             self.output.weight = self.embed.weight
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
@@ -55,9 +56,12 @@ class Decoder(nn.Module):
         cos_TE, sin_TE = self.rope(positions_T, weight.dtype)
         return Rows(cos_TE, sin_TE, {w: causal_mask(positions_T, end, start, w) for w in self.windows})
 
-    def packed_rows(self, positions_BT: Tensor, documents_BT: Tensor) -> Rows:
-        """Rows of packed documents: attention stays within equal document numbers of a sequence."""
-        cos, sin = self.rope(positions_BT[:, None], self.embed.weight.dtype)
+    def packed_rows(self, positions_BT: Tensor, documents_BT: Tensor, dtype: torch.dtype | None = None) -> Rows:
+        """Rows of packed documents: attention stays within equal document numbers of a sequence.
+
+        dtype: of the angles; unset, the embedding matrix's.
+        """
+        cos, sin = self.rope(positions_BT[:, None], dtype or self.embed.weight.dtype)
         seen_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
         index_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
         masks: dict[int | None, Tensor | None] = {}

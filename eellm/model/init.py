@@ -1,5 +1,7 @@
 """Random weights, the same for the same seed whatever the device: every matrix N(0, std), norms 1, biases 0."""
 
+import hashlib
+
 import torch
 from torch import nn
 
@@ -25,11 +27,16 @@ def torch_device(name: str | torch.device) -> torch.device:
 
 @torch.no_grad()
 def init_weights(module: nn.Module, *, std: float, seed: int) -> None:
-    """Fills the module's parameters in the order of their names. A shared parameter is drawn once."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    for name, parameter in sorted(module.named_parameters()):
-        if parameter.dim() > 1:
-            values = torch.empty(parameter.shape, dtype=torch.float32).normal_(0, std, generator=generator)
-            parameter.copy_(values)
-        else:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    """Fills the module's parameters. A shared parameter is drawn once, under its first name."""
+    for name, parameter in module.named_parameters():
+        parameter.copy_(initial_value(name, parameter.shape, std=std, seed=seed))
+
+
+def initial_value(name: str, shape: torch.Size, *, std: float, seed: int) -> torch.Tensor:
+    """What the parameter `name` starts from, float32 on the CPU: a function of (seed, name, shape) alone, so that
+    whoever holds a part of a model draws the same weights as who holds all of it."""
+    if len(shape) <= 1:
+        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "little"))
+    return torch.empty(shape, dtype=torch.float32).normal_(0, std, generator=generator)

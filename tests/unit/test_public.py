@@ -37,7 +37,7 @@ OPTIONS = {
         train.out-dir train.steps train.batch-size train.accumulate train.seed train.evaluate-every train.save-every
         train.resume
         objective.beta objective.temperature objective.gate objective.chunk-size
-        optim.lr optim.min-lr optim.warmup-steps optim.beta1 optim.beta2 optim.weight-decay optim.clip
+        optim.lr optim.min-lr optim.schedule optim.decay-fraction optim.warmup-steps optim.beta1 optim.beta2 optim.weight-decay optim.clip
     """,
 }
 
