@@ -23,8 +23,9 @@ class ParallelConfig:
     """Processes in a row, each with a stage (or several) of the layers."""
     schedule: Schedule = "1f1b"
     """Who computes what when under pp > 1; the names are torch's."""
-    num_microbatches: int = 1
-    """Parts of a data-parallel rank's rows: what a pipeline works on, or gradient accumulation without one."""
+    num_microbatches: int | None = None
+    """Parts of a data-parallel rank's rows: what a pipeline works on, or gradient accumulation without one. Unset: 1
+    without a pipeline; with one, the fewest from 4 · pp on that the schedule and the rows allow, or the most."""
     stages_per_rank: int = 2
     """Stages on each rank under interleaved_1f1b, looped_bfs and interleaved_zero_bubble; zbv and dualpipev have 2,
     gpipe and 1f1b have 1."""

@@ -5,7 +5,7 @@ has no process group and no mesh.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -30,6 +30,8 @@ class World:
     """Where this process computes."""
     mesh: DeviceMesh | None = None
     """With the dimensions `AXES`; None for a single process."""
+    store: dist.Store = field(default_factory=dist.HashStore)
+    """A small table of strings that all processes share."""
 
     def index(self, axis: str) -> int:
         """This process's place along `axis`."""
@@ -76,7 +78,7 @@ class World:
 
 
 def join(config: ParallelConfig, *, device: str = "cpu") -> World:
-    """Meets the other processes that torchrun has started. Raises ConfigError where the layout doesn't fit their number.
+    """Meets the other processes of torchrun. Raises ConfigError where the layout doesn't fit their number.
 
     A second call, of a process that has joined already, makes the mesh anew on the same process group.
     """
@@ -95,7 +97,7 @@ def join(config: ParallelConfig, *, device: str = "cpu") -> World:
         dist.init_process_group(backend, timeout=timeout)
     shape = tuple(getattr(config, axis) for axis in AXES)
     mesh = init_device_mesh(place.type, shape, mesh_dim_names=AXES)
-    return World(rank=dist.get_rank(), size=size, device=place, mesh=mesh)
+    return World(rank=dist.get_rank(), size=size, device=place, mesh=mesh, store=_open_store())
 
 
 def check_world_size(config: ParallelConfig, size: int) -> None:
@@ -109,6 +111,21 @@ def check_world_size(config: ParallelConfig, size: int) -> None:
         f"parallel: {product} = {config.world_size} processes, and {size} {'is' if size == 1 else 'are'} running; "
         f"start it with torchrun --nproc_per_node {config.world_size}{fits}"
     )
+
+
+def _open_store() -> dist.Store:
+    """Rank 0 serves it at a free port."""
+    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    is_main = dist.get_rank() == 0
+    served = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if is_main else None
+    port = [served.port if served is not None else 0]
+    dist.broadcast_object_list(port, src=0)
+    return served if served is not None else dist.TCPStore(host, port[0], is_master=False, wait_for_workers=False)
+
+
+def is_launched() -> bool:
+    """Whether torchrun has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def leave() -> None:

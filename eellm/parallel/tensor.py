@@ -10,7 +10,6 @@ Source: Megatron-LM's tensor (arXiv 1909.08053) and sequence (2205.05198) parall
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module, distribute_tensor
@@ -136,5 +135,3 @@ def gather_rows(head: ExitHead, mesh: DeviceMesh) -> ExitHead:
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-

@@ -164,7 +164,7 @@ def exit_source(name: str, config: ModelConfig) -> str | None:
         return None
     if not part.startswith("body."):
         return f"decoder.{part}"
+    part = part.removeprefix("body.")
     if exit.kind == "layer":
-        return f"decoder.layers.{config.num_layers}.{part.removeprefix('body.')}"
-    source = part.removeprefix("body.").replace("norm.", "mlp_norm.") if part.startswith("body.norm.") else part[5:]
-    return f"decoder.layers.{exit.layer + 1}.{source}"
+        return f"decoder.layers.{config.num_layers}.{part}"
+    return f"decoder.layers.{exit.layer + 1}.{'mlp_' if part.startswith('norm.') else ''}{part}"

@@ -5,7 +5,6 @@ over data-parallel ranks) and the losses' sums in `StepLosses`.
 """
 
 import contextlib
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +18,7 @@ from eellm.exits.loss import nothing
 from eellm.exits.metrics import PackedBatch
 from eellm.parallel.data import mark_last
 from eellm.pipeline.stage import StageModule, StepLosses
+from eellm.schedule.partition import SINGLE
 
 SCHEDULES = {
     "gpipe": pipelining.ScheduleGPipe,
@@ -30,8 +30,13 @@ SCHEDULES = {
     "dualpipev": pipelining.ScheduleDualPipeV,
 }
 
-Watch = Callable[[str], contextlib.AbstractContextManager[Any]]
-"""Says what is being done, for whoever names a process that hangs."""
+
+class Watch(Protocol):
+    """Says what is being done, for whoever names a process that hangs."""
+
+    def __call__(self, action: str, *, waits: bool = False) -> contextlib.AbstractContextManager[Any]:
+        """Within the context this process is in `action`; waits: for others."""
+        ...
 
 
 class Driver(Protocol):
@@ -50,8 +55,8 @@ class Loop:
     """The whole model in one stage; microbatches are gradient accumulation."""
 
     def __init__(self, stage: StageModule, config: ParallelConfig, watch: Watch) -> None:
-        self.stage, self.watch = stage, watch
-        self.num_microbatches, self.is_tensor_parallel = config.num_microbatches, config.tp > 1
+        self.stage, self.watch, self.is_tensor_parallel = stage, watch, config.tp > 1
+        self.num_microbatches = config.num_microbatches or 1
 
     def step(self, batch: PackedBatch, losses: StepLosses, keep_BL: Tensor | None = None) -> None:
         parts = _microbatches(batch, keep_BL, self.num_microbatches)
@@ -107,10 +112,9 @@ class Pipeline:
         ]
         for part in parts:
             part.watch = watch
-        is_single = config.schedule in ("gpipe", "1f1b")
-        schedule = SCHEDULES[config.schedule]
+        schedule: Any = SCHEDULES[config.schedule]
         self.schedule = schedule(
-            parts[0] if is_single else parts,  # pyrefly: ignore[bad-argument-type]
+            parts[0] if config.schedule in SINGLE else parts,
             config.num_microbatches,
             loss_fn=lambda h_BTD, _: nothing(h_BTD),
             scale_grads=False,  # losses are divided by the number of targets
@@ -118,13 +122,13 @@ class Pipeline:
 
     def step(self, batch: PackedBatch, losses: StepLosses, keep_BL: Tensor | None = None) -> None:
         args, others = self._inputs(batch, keep_BL)
-        with _loss_context(self.is_tensor_parallel), self.watch("waiting in the pipeline"):
+        with _loss_context(self.is_tensor_parallel), self.watch("waiting in the pipeline", waits=True):
             self.schedule.step(*args, target=batch.labels_BT, return_outputs=False, step_losses=losses, **others)
 
     @torch.no_grad()
     def evaluate(self, batch: PackedBatch, losses: StepLosses) -> None:
         args, others = self._inputs(batch, None)
-        with _loss_context(self.is_tensor_parallel), self.watch("waiting in the pipeline"):
+        with _loss_context(self.is_tensor_parallel), self.watch("waiting in the pipeline", waits=True):
             self.schedule.eval(*args, target=batch.labels_BT, return_outputs=False, step_losses=losses, **others)
         for stage in self.stages:
             _reshard(stage)
@@ -135,7 +139,7 @@ class Pipeline:
 
 
 class _WatchedStage(pipelining.PipelineStage):
-    """Says which part of which microbatch it computes."""
+    """Says which part of which microbatch it computes, and can be evaluated under every schedule."""
 
     watch: Watch
 
@@ -146,6 +150,14 @@ class _WatchedStage(pipelining.PipelineStage):
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         with self.watch(f"backward of stage {self.stage_index}, microbatch {bwd_chunk_id}"):
             return super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+
+    # NOTE torch 2.13 hands gradients between the two stages of a V's tip even in `eval`, where there are none
+    def get_local_bwd_output(self, mb_index: int) -> Any:
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 
 
 def _others(batch: PackedBatch, keep_BL: Tensor | None) -> dict[str, Tensor]:

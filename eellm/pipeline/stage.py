@@ -19,6 +19,7 @@ from eellm.exits.eager import eager_exit_loss
 from eellm.exits.lm import EarlyExitLM, ExitHead
 from eellm.exits.loss import CrossEntropy, chunked_loss, exit_loss_node
 from eellm.model.layers import Rows
+from eellm.parallel.tensor import local
 from eellm.schedule.partition import Stage
 
 
@@ -42,11 +43,12 @@ class StepLosses:
 
         return report
 
-    def sums(self) -> dict[int, float]:
-        """Sum of the losses at each exit over the step's microbatches on this process."""
-        totals: dict[int, float] = {}
+    def sums(self) -> dict[int, Tensor]:
+        """Sum of the losses at each exit over the step's microbatches on this process, float64 scalars."""
+        totals: dict[int, Tensor] = {}
         for layer, values in self.reported:
-            totals[layer] = totals.get(layer, 0.0) + sum(float(value) for value in values)
+            for value in values:
+                totals[layer] = totals.get(layer, 0) + local(value).double()
         return totals
 
 

@@ -89,18 +89,18 @@ def stages_of_ranks(schedule: str, pp: int, stages_per_rank: int = 2) -> tuple[t
 
 def check_microbatches(schedule: str, pp: int, num_microbatches: int) -> None:
     """Raises ConfigError, with the nearest number that works, for one that the schedule can't run."""
-    works = _works(schedule, pp, num_microbatches)
-    if works:
+    if takes(schedule, pp, num_microbatches):
         return
     near = sorted(range(1, 4 * num_microbatches + 4 * pp), key=lambda n: (abs(n - num_microbatches), n))
-    better = [n for n in near if _works(schedule, pp, n)][:2]
+    better = [n for n in near if takes(schedule, pp, n)][:2]
     raise ConfigError(
         f"num_microbatches = {num_microbatches}: schedule {schedule} with pp = {pp} {_RULES[schedule]}; "
         f"the nearest that work are {' and '.join(map(str, sorted(better)))}"
     )
 
 
-def _works(schedule: str, pp: int, num_microbatches: int) -> bool:
+def takes(schedule: str, pp: int, num_microbatches: int) -> bool:
+    """Whether the schedule can run that many microbatches."""
     if schedule == "1f1b":
         return num_microbatches >= pp
     if schedule == "dualpipev":
@@ -127,7 +127,7 @@ def _check_counts(counts: Sequence[int], num_layers: int, num_stages: int) -> No
 
 
 def _balanced(num_layers: int, num_stages: int, costs: Mapping[int, float], head_cost: float) -> list[int]:
-    """Number of layers per stage with the lowest maximum of costs, and among those the lowest sum of squares."""
+    """Number of layers per stage with the lowest maximum of costs, and then a low sum of squares."""
     total = [0.0]  # cost of layers 1 .. n with their exits
     for layer in range(1, num_layers + 1):
         total.append(total[-1] + 1 + costs.get(layer, 0.0))

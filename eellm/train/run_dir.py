@@ -1,10 +1,13 @@
 """A run's directory: one live owner, a metrics file with one row a step, and states that are whole or absent.
 
     out_dir/metrics.jsonl          one JSON object per logged step
-    out_dir/state-000050/          state.json + state.safetensors; written under another name, then renamed
-    out_dir/adapter/               the exits, as every tool of eellm reads them
+    out_dir/bad-batch/             the last batch whose loss or gradient wasn't finite
+    out_dir/checkpoints/           training: what a run goes on from
+    out_dir/state-000050/          tuning: state.json + state.safetensors; written under another name, then renamed
+    out_dir/adapter/               tuning: the exits, as every tool of eellm reads them
 
 A state's name appears only when it is complete, so that a process killed at any moment leaves the one before.
+One process of a run holds the directory (rank 0) and tells the others whether it could.
 """
 
 import fcntl
@@ -37,6 +40,10 @@ class RunDir:
         return self.path / "adapter"
 
     @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
@@ -48,7 +55,7 @@ class RunDir:
             write_json(temporary / "state.json", {"step": step, **data})
         for state in older:
             if state.name != f"state-{step:06d}":
-                shutil.rmtree(state)
+                _remove(state)
 
     def load_state(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """The newest state, if there is one."""
@@ -58,10 +65,20 @@ class RunDir:
         return read_json(states[-1] / "state.json"), dict(read_tensors(states[-1] / "state.safetensors"))
 
     def start_anew(self) -> None:
-        """Forgets states and metrics."""
-        for state in self._states():
-            shutil.rmtree(state)
+        """Forgets what an earlier run left: states, checkpoints, metrics, its name at Weights & Biases."""
+        for directory in (*self._states(), self.checkpoints, self.path / "bad-batch"):
+            if directory.exists():
+                _remove(directory)
         self.metrics.unlink(missing_ok=True)
+        (self.path / "wandb-id").unlink(missing_ok=True)
+
+    def save_bad_batch(self, step: int, tensors: dict[str, Tensor]) -> Path:
+        """Keeps the batch of a step that was skipped, in place of an earlier one. Returns its directory."""
+        directory = self.path / "bad-batch"
+        with replacing(directory, marker="batch.json") as temporary:
+            write_tensors(temporary / "batch.safetensors", tensors)
+            write_json(temporary / "batch.json", {"step": step})
+        return directory
 
     def keep_metrics_up_to(self, step: int) -> None:
         """Drops rows beyond `step` and a torn last line, so that after a resume each step has one row."""
@@ -81,3 +98,10 @@ class RunDir:
 
     def _states(self) -> list[Path]:
         return sorted(self.path.glob("state-*"))
+
+
+def _remove(directory: Path) -> None:
+    """NOTE renamed first: a process killed meanwhile must not leave half a state under the name of a whole one."""
+    hidden = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(hidden, ignore_errors=True)  # left by such a process
+    shutil.rmtree(directory.rename(hidden))

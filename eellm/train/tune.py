@@ -27,7 +27,7 @@ from eellm.exits.metrics import exit_table
 from eellm.log import log
 from eellm.train.build import build_model, build_rows
 from eellm.train.fit import fit_scales
-from eellm.train.metrics import MetricsLog, Row
+from eellm.train.metrics import MetricsLog, Row, has_tensorboard
 from eellm.train.objective import TuningObjective
 from eellm.train.optim import learning_rate, make_optimizer
 from eellm.train.run_dir import RunDir
@@ -45,7 +45,10 @@ def tune(config: TuneConfig) -> Path:
     tuner = Tuner(config)  # first: a recipe that is refused leaves nothing behind
     run_dir = RunDir(config.train.out_dir)
     done = tuner.resume(run_dir)
-    with MetricsLog(run_dir.metrics, num_steps=config.train.steps, done=done) as metrics:
+    metrics_log = MetricsLog(
+        run_dir.metrics, num_steps=config.train.steps, done=done, title="tuning", tensorboard=has_tensorboard()
+    )
+    with metrics_log as metrics:
         for step in range(done + 1, config.train.steps + 1):
             row = tuner.step(step)
             if _due(step, config.train.evaluate_every, config.train.steps):
@@ -180,7 +183,7 @@ class Tuner:
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[f"weight/{name}"])
             self.optimizer.state[parameter] = {
-                key: tensors[f"{key}/{name}"].to(parameter.device if key != "step" else "cpu")
+                key: tensors[f"{key}/{name}"].to(parameter.device)  # NOTE `step` too: AdamW is fused
                 for key in ("step", "exp_avg", "exp_avg_sq")
             }
         self.loader.restore(data["loader"])
