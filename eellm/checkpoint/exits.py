@@ -27,7 +27,7 @@ from eellm.checkpoint.files import (
     write_tensors,
 )
 from eellm.config.load import from_dict
-from eellm.config.model import ExitConfig
+from eellm.config.model import ExitConfig, ModelConfig
 from eellm.errors import BaseMismatchError, CheckpointError, ConfigError, UnsupportedError
 from eellm.exits.heads import Exit
 from eellm.exits.lm import EarlyExitLM
@@ -77,19 +77,9 @@ def load_exits(model: EarlyExitLM, directory: Path, *, base: Path | None = None)
     Raises UnsupportedError for a newer format, BaseMismatchError for an adapter of another base, CheckpointError for
     weights that don't fit.
     """
-    data = read_exits_json(directory)
-    if base is not None:
-        _check_base(directory, data["base"], base)
-    try:
-        exits = tuple(from_dict(ExitConfig, entry, f"exits[{i}]") for i, entry in enumerate(data["exits"]))
-        config = model.config.with_exits((*model.config.exits, *exits))
-    except ConfigError as error:
-        raise CheckpointError(f"{directory / EXITS_JSON}: {error}") from None
+    model.config, exits = add_stored_exits(model.config, directory, base=base)
     file = directory / EXITS_FILE
     tensors = dict(read_tensors(file))
-    if fingerprint([file]) != data.get("weights_sha256"):
-        raise CheckpointError(f"{file} doesn't belong to the {EXITS_JSON} beside it; write the exits again")
-    model.config = config
     like = model.decoder.embed.weight
     for exit_config in exits:
         with torch.device("meta"):
@@ -103,6 +93,28 @@ def load_exits(model: EarlyExitLM, directory: Path, *, base: Path | None = None)
                 f"{file}: exit {exit_config.layer} doesn't fit: {' '.join(str(error).split())}"
             ) from None
         model.exits[str(exit_config.layer)] = exit.eval()
+
+
+def add_stored_exits(
+    config: ModelConfig, directory: Path, *, base: Path | None = None
+) -> tuple[ModelConfig, tuple[ExitConfig, ...]]:
+    """The model with the exits stored in `directory`, and those alone; the files are checked, their weights not loaded.
+
+    base, errors: as for `load_exits`.
+    """
+    data = read_exits_json(directory)
+    if base is not None:
+        _check_base(directory, data["base"], base)
+    try:
+        exits = tuple(from_dict(ExitConfig, entry, f"exits[{i}]") for i, entry in enumerate(data["exits"]))
+        config = config.with_exits((*config.exits, *exits))
+    except ConfigError as error:
+        raise CheckpointError(f"{directory / EXITS_JSON}: {error}") from None
+    file = directory / EXITS_FILE
+    next(read_tensors(file), None)  # refuses a file that is cut
+    if fingerprint([file]) != data.get("weights_sha256"):
+        raise CheckpointError(f"{file} doesn't belong to the {EXITS_JSON} beside it; write the exits again")
+    return config, exits
 
 
 def read_exits_json(directory: Path) -> dict[str, Any]:

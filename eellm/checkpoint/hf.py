@@ -126,7 +126,7 @@ def _load_backbone(directory: Path, dtype: str, device: str | torch.device) -> E
     if (directory / "generation_config.json").exists():  # there the ends of text are complete
         hf["eos_token_id"] = read_json(directory / "generation_config.json").get("eos_token_id", hf.get("eos_token_id"))
     tensors = ((name, t) for file in weight_files(directory) for name, t in read_tensors(file))
-    model = _assemble(_config_of(directory, hf), tensors, dtype, device, directory)
+    model = _assemble(config_of(directory, hf), tensors, dtype, device, directory)
     model.tokenizer = Tokenizer.from_dir(directory)
     return model
 
@@ -135,12 +135,13 @@ def _load_gguf(file: Path, adapter: str | Path | None, dtype: str, device: str |
     if adapter is not None:
         raise CheckpointError(f"{file}: an adapter's base is a model directory; `eellm import {file} DIR` makes one")
     gguf = read_gguf(file)
-    model = _assemble(_config_of(file, gguf.config), gguf.tensors(), dtype, device, file)
+    model = _assemble(config_of(file, gguf.config), gguf.tensors(), dtype, device, file)
     model.tokenizer = Tokenizer.from_files(gguf.tokenizer_files) if gguf.tokenizer_files else None
     return model
 
 
-def _config_of(path: Path, hf: dict[str, Any]) -> ModelConfig:
+def config_of(path: Path, hf: dict[str, Any]) -> ModelConfig:
+    """The content of the config.json at `path`. Raises CheckpointError."""
     try:
         return config_from_hf(hf)
     except (TypeError, ConfigError) as error:

@@ -10,9 +10,12 @@ from eellm.errors import ConfigError, EellmError, did_you_mean
 from eellm.log import log_to_stderr
 
 VERBS = {
+    "prepare": ("eellm.cli.prepare", "turn text into token shards for training; train a tokenizer"),
     "import": ("eellm.cli.import_", "read a Hugging Face directory or .gguf file, write a Hugging Face directory"),
     "add-exits": ("eellm.cli.add_exits", "give a model early exits, as an adapter directory"),
+    "train": ("eellm.cli.train", "train a model with early exits, in one process or in many"),
     "tune": ("eellm.cli.tune", "train the exits of a model whose backbone is frozen (EE-Tuning)"),
+    "export": ("eellm.cli.export", "write a training run's checkpoint as a Hugging Face directory with exits"),
     "generate": ("eellm.cli.generate", "continue a prompt, each token leaving at the first exit that is sure enough"),
     "evaluate": ("eellm.cli.evaluate", "measure each exit on a text; quality against speed over thresholds"),
 }

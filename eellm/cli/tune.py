@@ -1,4 +1,4 @@
-"""`eellm tune RECIPE.toml [--optim.lr 1e-3 …]`."""
+"""`eellm tune RECIPE.toml [--optim.lr 1e-3 …]`, in one process or in each of those that torchrun starts."""
 
 from pathlib import Path
 
@@ -17,6 +17,13 @@ def main(args: list[str]) -> None:
         raise ConfigError("--model.exits: exits are a list of tables; write them in the recipe")
     recipe = from_toml(TuneConfig, Path(args[0]))
     config = parse(TuneConfig, args[1:], verb="tune", default=recipe)
-    from eellm.train.tune import tune  # here: help and mistakes cost no torch import
+    from eellm.parallel.mesh import is_launched, leave  # here: help and mistakes cost no torch import
+    from eellm.train.signals import end_with_parent
+    from eellm.train.tune import tune
 
-    tune(config)
+    if is_launched():
+        end_with_parent()
+    try:
+        tune(config)
+    finally:
+        leave()

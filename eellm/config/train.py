@@ -98,6 +98,8 @@ class TrainLoopConfig:
     """Where to compute; each process of a node takes the GPU of its local rank."""
     deterministic: bool = False
     """Use torch's deterministic algorithms."""
+    peak_tflops: float | None = None
+    """What one device can do at most in this precision, in TFLOP/s: then the model FLOP utilisation is logged."""
     log_every: int = 1
     """Steps between rows of metrics.jsonl."""
     evaluate_every: int = 0
@@ -114,7 +116,7 @@ class TrainLoopConfig:
     def __post_init__(self) -> None:
         check_literals(self)
         check_at_least(self, 1, "steps", "global_batch_size", "log_every", "max_bad_steps")
-        check_at_least(self, 0, "evaluate_every")
+        check_at_least(self, 0, "evaluate_every", "seed", "peak_tflops")
 
 
 @dataclass(frozen=True, kw_only=True)

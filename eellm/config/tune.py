@@ -1,12 +1,13 @@
 """What a tuning recipe (TOML) says. One table per part; every key has its default but the paths."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 from eellm.config.check import check_at_least, check_fraction, check_literals
 from eellm.config.model import ExitConfig
 from eellm.config.optim import OptimConfig
+from eellm.config.parallel import ParallelConfig
 from eellm.errors import ConfigError
 
 
@@ -108,3 +109,42 @@ class TuneConfig:
     train: LoopConfig
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
+
+    def __post_init__(self) -> None:
+        _refuse_meaningless(self.parallel)
+        rows, dp = self.rows_per_step, self.parallel.dp
+        if rows % dp:
+            raise ConfigError(
+                f"train.batch_size · accumulate = {rows}: must be a multiple of dp_replicate · dp_shard = {dp}"
+            )
+        if rows // dp % (self.parallel.num_microbatches or 1):
+            fits = [n for n in range(1, rows // dp + 1) if rows // dp % n == 0]
+            raise ConfigError(
+                f"parallel.num_microbatches = {self.parallel.num_microbatches}: the {rows // dp} rows of a "
+                f"data-parallel rank don't divide into as many; use one of {fits}"
+            )
+
+    @property
+    def rows_per_step(self) -> int:
+        """Of all processes together."""
+        return self.train.batch_size * self.train.accumulate
+
+
+_LAYOUT = ("pp", "dp_replicate", "dp_shard", "num_microbatches", "layers_per_stage", "timeout_s")
+"""What a tuning run makes of `[parallel]`."""
+
+
+def _refuse_meaningless(parallel: ParallelConfig) -> None:
+    if parallel.tp > 1:
+        raise ConfigError(
+            f"parallel.tp = {parallel.tp}: an exit is compared with the final one over the whole vocabulary, so a "
+            "process of a tuning run has all of it; use pp, dp_shard or dp_replicate"
+        )
+    for field in fields(ParallelConfig):
+        value = getattr(parallel, field.name)
+        if field.name not in _LAYOUT and value != field.default:
+            raise ConfigError(
+                f"parallel.{field.name} = {value!r}: it means nothing where the layers run forward only; a tuning run "
+                f"takes {', '.join(_LAYOUT)}"
+            )

@@ -8,6 +8,7 @@ with a file is a DataError that names it, and the line.
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 import numpy as np
 
 from eellm.errors import DataError, RequestError
+from eellm.text.chat import Messages
 from eellm.text.tokenizer import Tokenizer
 
+EMPTY = "the file is empty; leave it out"
 EXPECTED = 'expected {"text": "..."} or {"messages": [{"role": "...", "content": "..."}, ...]}'
 
 
@@ -43,53 +46,84 @@ def read_documents(paths: Sequence[Path], tokenizer: Tokenizer) -> Iterator[Docu
 
 
 def _read_whole(path: Path, tokenizer: Tokenizer) -> Iterator[Document]:
-    try:
+    with naming(str(path)):
         text = _utf8(path.read_bytes())
         if not text.strip():
-            raise DataError("the file is empty; leave it out")
-        yield _from_text(text, tokenizer)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
+            raise DataError(EMPTY)
+        yield _encode(text, tokenizer)
 
 
 def _read_lines(path: Path, tokenizer: Tokenizer) -> Iterator[Document]:
+    for where, _, content in json_lines(path):
+        with naming(where):
+            yield _encode(content, tokenizer)
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, int, str | Messages]]:
+    """Of each document in a .jsonl file: `path:line`, for messages; the bytes of its line; the text or the chat."""
     is_empty = True
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             is_empty = False
-            try:
-                yield _from_line(_utf8(line), tokenizer)
-            except (DataError, RequestError) as error:
-                raise DataError(f"{path}:{number}: {error}") from None
+            where = f"{path}:{number}"
+            with naming(where):
+                content = _from_line(_utf8(line))
+            yield where, len(line), content
     if is_empty:
-        raise DataError(f"{path}: the file is empty; leave it out")
+        raise DataError(f"{path}: {EMPTY}")
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Puts the place in a file in front of what is wrong with it."""
+    try:
+        yield
+    except (DataError, RequestError) as error:
+        raise DataError(f"{where}: {error}") from None
+
+
+def nothing_to_learn(num_documents: int, num_tokens: int) -> str:
+    """What to say of data without a single label."""
+    return (
+        f"{num_documents} documents with {num_tokens} tokens hold nothing to learn: no text of two tokens or more, and "
+        "no assistant's answer; give other data"
+    )
 
 
 def _utf8(data: bytes) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 ({error.reason} at byte {error.start}); convert the file") from None
+        raise DataError(not_utf8(error.reason, error.start)) from None
 
 
-def _from_line(line: str, tokenizer: Tokenizer) -> Document:
+def not_utf8(reason: str, place: int) -> str:
+    """What to say of a file that isn't; `place` counts bytes."""
+    return f"not UTF-8 ({reason} at byte {place}); convert the file"
+
+
+def _from_line(line: str) -> str | Messages:
     try:
-        data = json.loads(line)
+        return content_of(json.loads(line))
     except json.JSONDecodeError as error:
         raise DataError(f"not JSON ({error}); {EXPECTED}") from None
-    match data:
+
+
+def content_of(record: Any) -> str | Messages:
+    """The text or the chat that a line or row holds. Raises DataError."""
+    match record:
         case {"text": str(), "messages": _}:
             raise DataError(f"both a text and messages; {EXPECTED}")
         case {"text": str(text)}:
-            return _from_text(text, tokenizer)
+            return text
         case {"messages": [_, *_] as messages} if all(map(_is_message, messages)):
-            return _document(*tokenizer.encode_chat(messages))
+            return messages
         case dict():
-            raise DataError(f"keys {', '.join(map(repr, data)) or 'none'}, or their values' types; {EXPECTED}")
+            raise DataError(f"keys {', '.join(map(repr, record)) or 'none'}, or their values' types; {EXPECTED}")
         case _:
-            raise DataError(f"{type(data).__name__}; {EXPECTED}")
+            raise DataError(f"{type(record).__name__}; {EXPECTED}")
 
 
 def _is_message(message: Any) -> bool:
@@ -99,12 +133,25 @@ def _is_message(message: Any) -> bool:
     return False
 
 
-def _from_text(text: str, tokenizer: Tokenizer) -> Document:
-    tokens = tokenizer.encode(text)
-    if tokenizer.eos_id is not None and tokens[-1:] != [tokenizer.eos_id]:  # a pipeline may add it itself
+def _encode(content: str | Messages, tokenizer: Tokenizer) -> Document:
+    return whole(encode_text(content, tokenizer)) if isinstance(content, str) else chat(content, tokenizer)
+
+
+def encode_text(text: str, tokenizer: Tokenizer, *, is_first: bool = True, is_last: bool = True) -> list[int]:
+    """The tokens of a text, or of a part of it: what stands before a text comes with its first part, the end-of-text
+    token with its last."""
+    tokens = tokenizer.encode(text, add_special_tokens=is_first)
+    if is_last and tokenizer.eos_id is not None and tokens[-1:] != [tokenizer.eos_id]:  # a pipeline may add it itself
         tokens.append(tokenizer.eos_id)
-    return _document(tokens, [True] * len(tokens))
+    return tokens
 
 
-def _document(tokens: list[int], is_target: list[bool]) -> Document:
+def whole(tokens: list[int]) -> Document:
+    """A document that is learnt whole."""
+    return Document(tokens=np.array(tokens, dtype=np.int32), is_target=np.ones(len(tokens), dtype=bool))
+
+
+def chat(messages: Messages, tokenizer: Tokenizer) -> Document:
+    """A chat, of which the answers are learnt."""
+    tokens, is_target = tokenizer.encode_chat(messages)
     return Document(tokens=np.array(tokens, dtype=np.int32), is_target=np.array(is_target, dtype=bool))

@@ -5,7 +5,7 @@ batch may hold the end of one epoch and the beginning of the next, and every row
 depends on (seed, epoch) alone, so two numbers say where the stream stands. B: rows in a batch, T: tokens in a row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -14,6 +14,7 @@ import torch
 
 from eellm.data.packing import Rows
 from eellm.errors import DataError, RunError
+from eellm.exits.loss import IGNORE
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,9 +30,64 @@ class Batch:
     documents_BT: torch.Tensor
     """Number of the piece within its row."""
 
+    @classmethod
+    def of(cls, rows: Rows) -> Self:
+        """All of `rows`."""
+
+        def tensor(values_NT: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(values_NT.astype(np.int64))
+
+        return cls(
+            tokens_BT=tensor(rows.tokens_NT),
+            labels_BT=tensor(rows.labels_NT),
+            positions_BT=tensor(rows.positions_NT),
+            documents_BT=tensor(rows.documents_NT),
+        )
+
     def to(self, device: torch.device | str) -> Self:
         """This batch on another device."""
-        return type(self)(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        return self._each(lambda values: values.to(device))
+
+    def part(self, rows: slice) -> Self:
+        """Some of the rows."""
+        return self._each(lambda values: values[rows])
+
+    def padded(self, num_rows: int) -> Self:
+        """`num_rows` rows: these, and copies of the first one without targets."""
+        missing = num_rows - len(self.labels_BT)
+        padded = self._each(lambda values: torch.cat([values, values[:1].expand(missing, -1)]))
+        padded.labels_BT[num_rows - missing :] = IGNORE
+        return padded
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        return type(self)(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
+
+
+class Order:
+    """The endless order of rows: all of them in the order of epoch 0, then in that of epoch 1, and so on."""
+
+    def __init__(self, num_rows: int, seed: tuple[int, ...], *, epoch: int = 0, row: int = 0) -> None:
+        self._num_rows = num_rows
+        self._seed = seed
+        self.epoch = epoch
+        """Epochs begun before this one."""
+        self.row = row
+        """Rows of this epoch that were taken."""
+        self._order = self._shuffled()
+
+    def take(self, num: int) -> np.ndarray:
+        """The numbers of the next `num` rows."""
+        taken = [self._order[self.row : self.row + num]]
+        self.row += len(taken[0])
+        while (missing := num - sum(map(len, taken))) > 0:
+            self.epoch += 1
+            self._order = self._shuffled()
+            taken.append(self._order[:missing])
+            self.row = len(taken[-1])
+        return np.concatenate(taken)
+
+    def _shuffled(self) -> np.ndarray:
+        return np.random.default_rng([*self._seed, self.epoch]).permutation(self._num_rows)
 
 
 class Loader:
@@ -47,21 +103,24 @@ class Loader:
         self._rows = rows
         self._batch_size = batch_size
         self._seed = seed
-        self._start_epoch(0)
+        self._order = Order(len(rows), (seed,))
 
     def next(self) -> Batch:
         """The next batch."""
-        chosen = self._order[self._row : self._row + self._batch_size]
-        self._row += len(chosen)
-        if (missing := self._batch_size - len(chosen)) > 0:
-            self._start_epoch(self._epoch + 1)
-            chosen = np.concatenate([chosen, self._order[:missing]])
-            self._row = missing
-        return _batch(self._rows, chosen)
+        return self.take(self._batch_size)
+
+    def take(self, num_rows: int) -> Batch:
+        """The next `num_rows` rows, as one batch."""
+        return _batch(self._rows, self._order.take(num_rows))
 
     def state(self) -> dict[str, int]:
         """Where the stream stands; `restore` on a loader of the same rows goes on from here."""
-        return {"num_rows": len(self._rows), "seed": self._seed, "epoch": self._epoch, "row": self._row}
+        return {
+            "num_rows": len(self._rows),
+            "seed": self._seed,
+            "epoch": self._order.epoch,
+            "row": self._order.row,
+        }
 
     def restore(self, state: dict[str, int]) -> None:
         """Goes to where `state` was taken, its seed included. Raises RunError for a state of other data."""
@@ -71,12 +130,7 @@ class Loader:
                 "resume with the same files and seq_len, or start a new run"
             )
         self._seed = state["seed"]
-        self._start_epoch(state["epoch"])
-        self._row = state["row"]
-
-    def _start_epoch(self, epoch: int) -> None:
-        self._epoch, self._row = epoch, 0
-        self._order = np.random.default_rng([self._seed, epoch]).permutation(len(self._rows))
+        self._order = Order(len(self._rows), (self._seed,), epoch=state["epoch"], row=state["row"])
 
 
 def batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
@@ -86,12 +140,4 @@ def batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
 
 
 def _batch(rows: Rows, chosen: np.ndarray) -> Batch:
-    def tensor(values_NT: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values_NT[chosen].astype(np.int64))
-
-    return Batch(
-        tokens_BT=tensor(rows.tokens_NT),
-        labels_BT=tensor(rows.labels_NT),
-        positions_BT=tensor(rows.positions_NT),
-        documents_BT=tensor(rows.documents_NT),
-    )
+    return Batch.of(Rows(**{field.name: getattr(rows, field.name)[chosen] for field in fields(rows)}))

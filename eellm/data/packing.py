@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
-from eellm.data.documents import Document
+from eellm.data.documents import Document, nothing_to_learn
 from eellm.errors import DataError
 from eellm.exits.loss import IGNORE
 
@@ -38,27 +39,27 @@ def pack(documents: Iterable[Document], seq_len: int) -> Rows:
     documents = list(documents)
     lengths = [len(document.tokens) for document in documents]
     num_tokens = sum(lengths)
-    num_rows = -(-num_tokens // seq_len)
-    size = num_rows * seq_len
+    size = max(1, -(-num_tokens // seq_len)) * seq_len + 1  # the last row looks one token ahead, too
 
     tokens, is_target, owner = np.zeros(size, np.int32), np.zeros(size, bool), np.full(size, len(documents), np.int32)
     owner[:num_tokens] = np.repeat(np.arange(len(documents), dtype=np.int32), lengths)
     if documents:
         np.concatenate([document.tokens for document in documents], out=tokens[:num_tokens])
         np.concatenate([document.is_target for document in documents], out=is_target[:num_tokens])
+    rows = label_rows(*(sliding_window_view(values, seq_len + 1)[::seq_len] for values in (tokens, is_target, owner)))
+    if (rows.labels_NT == IGNORE).all():
+        raise DataError(nothing_to_learn(len(documents), num_tokens))
+    return rows
 
-    labels = np.full(size, IGNORE, np.int64)
-    is_learnt = is_target[1:] & (owner[1:] == owner[:-1])
-    labels[:-1][is_learnt] = tokens[1:][is_learnt]
-    if not is_learnt.any():
-        raise DataError(
-            f"{len(documents)} documents with {num_tokens} tokens hold nothing to learn: no text of two tokens or "
-            "more, and no assistant's answer; give other data"
-        )
-    positions_NT, documents_NT = _number_pieces(owner.reshape(num_rows, seq_len))
+
+def label_rows(tokens_NS: np.ndarray, is_target_NS: np.ndarray, owner_NS: np.ndarray) -> Rows:
+    """Rows from their tokens, whether each is to be learnt, and the document it belongs to. S is T + 1: the last column
+    is the token behind the row, which is only looked at."""
+    is_learnt_NT = is_target_NS[:, 1:] & (owner_NS[:, 1:] == owner_NS[:, :-1])
+    positions_NT, documents_NT = _number_pieces(owner_NS[:, :-1])
     return Rows(
-        tokens_NT=tokens.reshape(num_rows, seq_len),
-        labels_NT=labels.reshape(num_rows, seq_len),
+        tokens_NT=tokens_NS[:, :-1].astype(np.int32),
+        labels_NT=np.where(is_learnt_NT, tokens_NS[:, 1:], IGNORE).astype(np.int64),
         positions_NT=positions_NT,
         documents_NT=documents_NT,
     )

@@ -8,7 +8,7 @@ backward (a loop, a pipeline schedule, FSDP) need not know that there is an exit
 Shapes: B sequences, T rows, N = B·T flattened rows or a chunk of them, D hidden, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -81,17 +81,18 @@ def exit_loss_node(
     chunk_size: int = 1024,
     more_parameters: Sequence[nn.Parameter] = (),
     report: Callable[[Tensor], None] | None = None,
+    edges: Mapping[nn.Parameter, Tensor] | None = None,
 ) -> Tensor:
     """`x_BTD`, unchanged, with the exit's loss behind it.
 
     weight: what the objective's sum is multiplied with, such as exit weight / number of target tokens of the whole
     batch. chunk_size: rows whose logits exist at a time. more_parameters: those that the objective itself reads (a
     gate). report: called in the backward with the detached, unweighted sum; a split backward calls it twice, with the
-    same value.
+    same value. edges: tensors that get the gradients of some parameters instead of these.
     """
-    parameters = [p for p in (*head.parameters, *more_parameters) if p.requires_grad]
-    call = _Call(head, objective, weight, chunk_size, report)
-    return _ExitLoss.apply(x_BTD, call, *parameters)
+    parameters = tuple(p for p in (*head.parameters, *more_parameters) if p.requires_grad)
+    call = _Call(head, objective, weight, chunk_size, report, parameters)
+    return _ExitLoss.apply(x_BTD, call, *((edges or {}).get(p, p) for p in parameters))
 
 
 @torch.no_grad()
@@ -128,6 +129,7 @@ class _Call:
     weight: float | Tensor
     chunk_size: int
     report: Callable[[Tensor], None] | None
+    parameters: tuple[nn.Parameter, ...]
 
 
 class _ExitLoss(torch.autograd.Function):
@@ -138,8 +140,8 @@ class _ExitLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_BTD: Tensor, call: _Call, *parameters: Tensor) -> Tensor:
-        ctx.call, ctx.parameters = call, parameters
+    def forward(ctx: Any, x_BTD: Tensor, call: _Call, *edges: Tensor) -> Tensor:
+        ctx.call = call
         device = x_BTD.device.type
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         ctx.save_for_backward(x_BTD)
@@ -149,14 +151,14 @@ class _ExitLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         (x_BTD,) = ctx.saved_tensors
         needs_x, _, *needs = ctx.needs_input_grad
-        wanted = [p for p, need in zip(ctx.parameters, needs, strict=True) if need]
+        wanted = [p for p, need in zip(ctx.call.parameters, needs, strict=True) if need]
         device, dtype, enabled = ctx.autocast
         with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
             loss, grad_x, grads = chunked_gradients(x_BTD, ctx.call, wanted, needs_x=needs_x)
         if ctx.call.report is not None:
             ctx.call.report(loss)
         found = dict(zip(wanted, grads, strict=True))
-        return None if grad_x is None else grad_y + grad_x, None, *(found.get(p) for p in ctx.parameters)
+        return None if grad_x is None else grad_y + grad_x, None, *(found.get(p) for p in ctx.call.parameters)
 
 
 def chunked_gradients(

@@ -19,6 +19,7 @@ from eellm.errors import ConfigError, DataError
 from eellm.exits.lm import EarlyExitLM
 from eellm.exits.loss import IGNORE, cross_entropy
 from eellm.exits.policy import SCORES
+from eellm.model.layers import Rows
 
 POLICIES = (*SCORES, "gate")
 
@@ -149,17 +150,31 @@ def exit_table(
     for batch in batches:
         with torch.inference_mode():
             rows = model.decoder.packed_rows(batch.positions_BT, batch.documents_BT)
-            is_target_BT = batch.labels_BT != IGNORE
-            labels_N = batch.labels_BT[is_target_BT]
-            labels.append(labels_N.cpu())
+            labels.append(batch.labels_BT[batch.labels_BT != IGNORE].cpu())
             for layer, h_BTD in model.hiddens(batch.tokens_BT, rows):
-                # NOTE all rows: a `layer` exit attends to those without a target too
-                z_ND = model.normed(layer, h_BTD, rows)[is_target_BT]
-                chunks = zip(z_ND.split(chunk_size), labels_N.split(chunk_size), strict=True)
-                parts[layer] += [_ask(model, layer, *chunk, policies) for chunk in chunks]
+                parts[layer].append(ask_exit(model, layer, h_BTD, rows, batch, policies, chunk_size))
     if not sum(map(len, labels)):
         raise DataError("the text has no token to be predicted; give more of it")
-    return ExitTable(torch.cat(labels), {layer: _joined(parts[layer]) for layer in layers})
+    return ExitTable(torch.cat(labels), {layer: join_rows(parts[layer]) for layer in layers})
+
+
+def ask_exit(
+    model: EarlyExitLM,
+    layer: int,
+    h_BTD: Tensor,
+    rows: Rows,
+    batch: PackedBatch,
+    policies: Sequence[str],
+    chunk_size: int = 512,
+) -> ExitRows:
+    """Asks one exit, the final one included, about the target rows of one batch; h_BTD: the hidden state that it reads.
+
+    rows: those of the batch. Call it without gradients."""
+    is_target_BT = batch.labels_BT != IGNORE
+    # NOTE all rows: a `layer` exit attends to those without a target too
+    z_ND = model.normed(layer, h_BTD, rows)[is_target_BT]
+    chunks = zip(z_ND.split(chunk_size), batch.labels_BT[is_target_BT].split(chunk_size), strict=True)
+    return join_rows([_ask(model, layer, *chunk, policies) for chunk in chunks])
 
 
 def _ask(model: EarlyExitLM, layer: int, z_ND: Tensor, labels_N: Tensor, policies: Sequence[str]) -> ExitRows:
@@ -177,7 +192,8 @@ def _gate_score(model: EarlyExitLM, layer: int, z_ND: Tensor) -> Tensor | None:
     return None if gate is None else gate(z_ND).float().sigmoid()
 
 
-def _joined(parts: list[ExitRows]) -> ExitRows:
+def join_rows(parts: Sequence[ExitRows]) -> ExitRows:
+    """Parts of one exit's rows, in order, as one."""
     scores = {policy: torch.cat([part.scores[policy] for part in parts]) for policy in parts[0].scores}
     return ExitRows(torch.cat([p.nll_N for p in parts]), torch.cat([p.choice_N for p in parts]), scores)
 

@@ -29,6 +29,12 @@ def shard(root: nn.Module, layers: nn.ModuleDict, mesh: DeviceMesh, *, dtype: to
             module.set_force_sum_reduction_for_comms(True)
 
 
+def shard_frozen(layers: nn.ModuleDict, mesh: DeviceMesh) -> None:
+    """Shards layers that run forward only, in place: each is gathered for its own forward, and only then."""
+    for layer in layers.values():
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+
+
 def mark_last(root: nn.Module, *, is_last: bool) -> None:
     """Before each backward without a pipeline: gradients are reduced after the step's last one only."""
     if isinstance(root, FSDPModule):

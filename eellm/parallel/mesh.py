@@ -5,8 +5,10 @@ has no process group and no mesh.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from eellm.config.parallel import ParallelConfig
 from eellm.errors import ConfigError
+from eellm.model.init import torch_device
 
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")
 
@@ -76,6 +79,14 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's plain `value`, in the order of ranks, on rank 0; nothing elsewhere."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size if self.is_main else None
+        dist.gather_object(value, values)
+        return values or []
+
 
 def join(config: ParallelConfig, *, device: str = "cpu") -> World:
     """Meets the other processes of torchrun. Raises ConfigError where the layout doesn't fit their number.
@@ -86,7 +97,7 @@ def join(config: ParallelConfig, *, device: str = "cpu") -> World:
     check_world_size(config, size)
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda': torch finds no GPU here; use cpu")
-    place = torch.device(device, int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device(device)
+    place = torch.device(device, int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch_device(device)
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if size == 1:
@@ -94,7 +105,7 @@ def join(config: ParallelConfig, *, device: str = "cpu") -> World:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
         timeout = timedelta(seconds=config.timeout_s) if config.timeout_s else None
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=timeout, **_rendezvous())
     shape = tuple(getattr(config, axis) for axis in AXES)
     mesh = init_device_mesh(place.type, shape, mesh_dim_names=AXES)
     return World(rank=dist.get_rank(), size=size, device=place, mesh=mesh, store=_open_store())
@@ -113,6 +124,19 @@ def check_world_size(config: ParallelConfig, size: int) -> None:
     )
 
 
+def _rendezvous() -> dict[str, Any]:
+    """How the processes find each other: as torch does by itself, but for a restart by torchrun.
+
+    NOTE then torch 2.13 offers the store of the attempt before, where gloo finds the addresses of processes that are
+    dead; each attempt gets a part of its own.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    served = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", served)
+    return {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+
+
 def _open_store() -> dist.Store:
     """Rank 0 serves it at a free port."""
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
@@ -126,6 +150,13 @@ def _open_store() -> dist.Store:
 def is_launched() -> bool:
     """Whether torchrun has started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
+    """A process group of some ranks, this one among them; they alone call it."""
+    group = dist.new_group(list(ranks), use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup), ranks
+    return group
 
 
 def leave() -> None:

@@ -21,7 +21,7 @@ from eellm.errors import ConfigError
 from eellm.model.init import torch_dtype
 from eellm.parallel.apply import parallelize
 from eellm.parallel.gradients import Tied
-from eellm.parallel.mesh import World
+from eellm.parallel.mesh import World, new_group
 from eellm.parallel.tensor import gather_rows
 from eellm.pipeline.stage import StageModule, canonical_name, shared_names, stage_part
 from eellm.schedule.partition import SINGLE, SPLIT_BACKWARD, V_SHAPED, Stage, partition, stages_of_ranks
@@ -95,7 +95,13 @@ def place(
             part = part.double()
         wrap = partial(gather_rows, mesh=world.submesh("tp")) if parallel.tp > 1 else lambda head: head
         module = StageModule(
-            part, stages[index], objective=objective, mode=parallel.exit_mode, autocast=autocast, wrap_head=wrap
+            part,
+            stages[index],
+            objective=objective,
+            mode=parallel.exit_mode,
+            autocast=autocast,
+            is_split=parallel.pp > 1 and parallel.schedule in SPLIT_BACKWARD,
+            wrap_head=wrap,
         )
         parallelize(module, part, parallel, world, dtype=dtype)
         modules.append(module.to_empty(device=world.device))
@@ -132,7 +138,7 @@ def _group(pipeline_ranks: list[int], world: World) -> dist.ProcessGroup | None:
     if len(pipeline_ranks) == 1 or world.index("pp") not in pipeline_ranks:
         return None
     pipeline = dist.get_process_group_ranks(world.submesh("pp").get_group())
-    return dist.new_group([pipeline[rank] for rank in pipeline_ranks], use_local_synchronization=True)
+    return new_group([pipeline[rank] for rank in pipeline_ranks])
 
 
 def copy_part(parameter: nn.Parameter, whole: Tensor) -> None:

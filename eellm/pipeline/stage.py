@@ -20,6 +20,7 @@ from eellm.exits.lm import EarlyExitLM, ExitHead
 from eellm.exits.loss import CrossEntropy, chunked_loss, exit_loss_node
 from eellm.model.layers import Rows
 from eellm.parallel.tensor import local
+from eellm.pipeline.split import Edges, join_at_start
 from eellm.schedule.partition import Stage
 
 
@@ -63,16 +64,19 @@ class StageModule(nn.Module):
         objective: LossConfig,
         mode: str = "deferred",
         autocast: torch.dtype | None = None,
+        is_split: bool = False,
         wrap_head: Callable[[ExitHead], ExitHead] = lambda head: head,
     ) -> None:
         """model: holds the stage's part of the whole (see `stage_part`). mode: `parallel.exit_mode`. autocast: to what
-        the forward casts what it computes with, if to anything. wrap_head: what parallelism makes of a head."""
+        the forward casts what it computes with, if to anything. is_split: whether the backward for inputs and for
+        weights are taken apart. wrap_head: what parallelism makes of a head."""
         super().__init__()
         self.model = model
         self.stage = stage
         self.objective = objective
         self.mode = mode
         self.autocast = autocast
+        self.is_split = is_split and not stage.is_first  # torch doesn't take the first stage's apart
         self.wrap_head = wrap_head
 
     def forward(
@@ -105,11 +109,12 @@ class StageModule(nn.Module):
         h_BTD = decoder.embed(x) if stage.is_first else x
         rows = decoder.packed_rows(positions_BT, documents_BT, h_BTD.dtype)
         labels_N = labels_BT.flatten()
-        h_BTD = self._exit(stage.first - 1, h_BTD, rows, labels_N, losses)
+        h_BTD, edges = self._join(h_BTD, rows, losses)
+        h_BTD = self._exit(stage.first - 1, h_BTD, rows, labels_N, losses, edges)
         for n in range(stage.first, stage.last + 1):
             y_BTD = decoder.layer(n)(h_BTD, rows)
             h_BTD = y_BTD if keep_BL is None else torch.where(keep_BL[:, n - 1, None, None], y_BTD, h_BTD)
-            h_BTD = self._exit(n, h_BTD, rows, labels_N, losses)
+            h_BTD = self._exit(n, h_BTD, rows, labels_N, losses, edges)
         return h_BTD
 
     @property
@@ -118,7 +123,16 @@ class StageModule(nn.Module):
         final = (self.stage.last,) if self.stage.is_last else ()
         return (*self.stage.exits, *final)
 
-    def _exit(self, layer: int, h_BTD: Tensor, rows: Rows, labels_N: Tensor, losses: StepLosses) -> Tensor:
+    def _join(self, h_BTD: Tensor, rows: Rows, losses: StepLosses) -> tuple[Tensor, Edges]:
+        """Where the backward is taken apart: the heads' parameters join it here."""
+        if not (self.is_split and torch.is_grad_enabled()):
+            return h_BTD, {}
+        heads = [self.model.head(layer, rows) for layer in self.exits if layer in losses.weights]
+        return join_at_start(h_BTD, list(dict.fromkeys(p for head in heads for p in head.parameters)))
+
+    def _exit(
+        self, layer: int, h_BTD: Tensor, rows: Rows, labels_N: Tensor, losses: StepLosses, edges: Edges
+    ) -> Tensor:
         """The hidden state, with the loss of the exit at `layer` behind it if there is one."""
         if layer not in self.exits or layer not in losses.weights:
             return h_BTD
@@ -132,7 +146,7 @@ class StageModule(nn.Module):
         if self.mode != "deferred":
             return eager_exit_loss(h_BTD, head, objective, weight=weight, mode=self.mode, report=report)
         return exit_loss_node(
-            h_BTD, head, objective, weight=weight, chunk_size=self.objective.chunk_size, report=report
+            h_BTD, head, objective, weight=weight, chunk_size=self.objective.chunk_size, report=report, edges=edges
         )
 
     def _objective(self, labels_N: Tensor) -> CrossEntropy:

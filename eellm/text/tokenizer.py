@@ -5,6 +5,7 @@ chat template), `special_tokens_map.json` and `chat_template.jinja`. Out: the id
 directory. The files' bytes are kept and handed on unchanged, so a model that we write has the tokenizer that we read.
 """
 
+import hashlib
 import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
@@ -83,6 +84,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """The least number of embedding rows that has one for every id."""
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of what makes ids of text, however the files spell it: equal ones give equal ids."""
+        return hashlib.sha256(f"{self.eos_id} {self._backend.to_str()}".encode()).hexdigest()
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`. `add_special_tokens` lets the pipeline add what it adds around a text (often bos).

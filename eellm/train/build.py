@@ -1,46 +1,90 @@
-"""From a recipe to what a tuning run works on: the model with its exits, and the rows of text."""
+"""From a recipe to what a tuning run works on: the weights of any part of the model, and the rows of text."""
 
 import dataclasses
+from dataclasses import dataclass
 
-from eellm.checkpoint.exits import load_exits
-from eellm.checkpoint.hf import load
+import torch
+from torch import Tensor
+
+from eellm.checkpoint.parts import ModelParts, read_model_config
+from eellm.config.model import ModelConfig
 from eellm.config.tune import BaseConfig, DataConfig
 from eellm.data.documents import read_documents
 from eellm.data.packing import Rows, pack
-from eellm.errors import ConfigError, DataError
-from eellm.exits.lm import EarlyExitLM, add_exits
+from eellm.errors import CheckpointError, ConfigError, DataError
+from eellm.exits.lm import EarlyExitLM
+from eellm.model.init import initial_value, torch_dtype
+from eellm.pipeline.placed import copy_part
+from eellm.text.tokenizer import Tokenizer
+from eellm.train.start import find_value
 
 
-def build_model(config: BaseConfig, *, seed: int) -> tuple[EarlyExitLM, tuple[int, ...]]:
-    """The model, frozen but for the exits to be tuned, and the layers of those.
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The base's weights, and what the exits to be tuned start from. No process ever holds the whole model."""
 
-    Exits that the base has of its own stay as they are. Raises ConfigError where nothing is left to train.
-    """
-    dtype = "float32" if config.dtype == "bfloat16" else config.dtype
-    model = load(config.base, dtype=dtype, device=config.device)
-    present = model.config.exit_layers
-    if config.adapter is not None:
-        load_exits(model, config.adapter, base=config.base)
-    else:
-        add_exits(model, config.exits, init=config.init, seed=seed)
-    layers = tuple(layer for layer in model.config.exit_layers if layer not in present)
-    model.requires_grad_(False)
-    for layer in layers:
-        model.exit(layer).requires_grad_(True)
-    if not any(p.requires_grad for p in model.parameters()):
+    config: ModelConfig
+    """The backbone with the exits to be tuned; exits that the base has of its own stay as they are, and out of it."""
+    recipe: BaseConfig
+    seed: int
+    """Of random weights."""
+    parts: ModelParts
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of parameters and of hidden states."""
+        return torch_dtype("float32" if self.recipe.dtype == "bfloat16" else self.recipe.dtype)
+
+    def load(self, part: EarlyExitLM, device: torch.device) -> EarlyExitLM:
+        """Gives a part of the model, which has no weights yet (on the meta device), memory and values."""
+        part = part.to_empty(device=device).eval()
+        part.decoder.tie()  # to_empty made two of them
+        with torch.no_grad():
+            for name, parameter in part.named_parameters():
+                copy_part(parameter, self._value(name, parameter.shape))
+        return part
+
+    def with_exits(self, weights: dict[str, Tensor]) -> EarlyExitLM:
+        """The model with these weights of its exits, by name, and none of the backbone's: what an adapter is of."""
+        with torch.device("meta"):
+            model = EarlyExitLM(self.config)
+        model.exits.load_state_dict({n.removeprefix("exits."): t for n, t in weights.items()}, assign=True)
+        return model
+
+    def _value(self, name: str, shape: torch.Size) -> Tensor:
+        is_new = name.startswith("exits.") and self.recipe.adapter is None
+        found = None if is_new and self.recipe.init == "random" else find_value(self.parts, name, self.config)
+        if found is None and is_new:
+            _, layer, own_name = name.split(".", 2)
+            found = initial_value(own_name, shape, std=self.config.init_std, seed=self.seed + int(layer))
+        if found is None or found.shape != shape:
+            what = "is missing" if found is None else f"has shape {tuple(found.shape)}, not {tuple(shape)}"
+            raise CheckpointError(f"{self.recipe.adapter or self.recipe.base}: '{name}' {what}")
+        return found
+
+
+def open_source(recipe: BaseConfig, *, seed: int) -> Source:
+    """Raises CheckpointError, and ConfigError for exits that can't be added or have nothing to train."""
+    parts = ModelParts(recipe.base, recipe.adapter)
+    taken = read_model_config(recipe.base).exit_layers
+    model = parts.config if recipe.adapter else parts.config.with_exits((*parts.config.exits, *recipe.exits))
+    config = model.with_exits(tuple(exit for exit in model.exits if exit.layer not in taken))
+    with torch.device("meta"):
+        has_weights = any(True for _ in EarlyExitLM(config).exits.parameters())
+    if not has_weights:
         raise ConfigError("model.exits: none has weights of its own to train; choose another kind, or give a gate_size")
-    return model, layers
+    return Source(config, recipe, seed, parts)
 
 
-def build_rows(config: DataConfig, model: EarlyExitLM) -> tuple[Rows, Rows]:
+def build_rows(config: DataConfig, tokenizer: Tokenizer | None, max_seq_len: int) -> tuple[Rows, Rows]:
     """Training and validation rows."""
-    if model.tokenizer is None:
+    if tokenizer is None:
         raise DataError("the base model has no tokenizer, which turns text into tokens; add its tokenizer.json")
-    if config.seq_len > model.config.max_seq_len:
-        raise ConfigError(f"data.seq_len = {config.seq_len}: the model's context is {model.config.max_seq_len}")
-    train = pack(read_documents(config.train, model.tokenizer), config.seq_len)
+    if config.seq_len > max_seq_len:
+        raise ConfigError(f"data.seq_len = {config.seq_len}: the model's context is {max_seq_len}")
+    train = pack(read_documents(config.train, tokenizer), config.seq_len)
     if config.validation:
-        validation = pack(read_documents(config.validation, model.tokenizer), config.seq_len)
+        validation = pack(read_documents(config.validation, tokenizer), config.seq_len)
         return train, _slice(validation, 0, config.validation_rows)
     cut = len(train) - config.validation_rows
     if cut < 1:

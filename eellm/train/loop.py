@@ -12,20 +12,27 @@ import torch
 from eellm.checkpoint.store import Store
 from eellm.config.load import to_dict
 from eellm.config.train import TrainConfig
-from eellm.errors import EellmError, RunError
+from eellm.errors import RunError
 from eellm.log import log
 from eellm.parallel.mesh import World
 from eellm.train.bad_steps import BadSteps
 from eellm.train.check import resolve
 from eellm.train.metrics import MetricsLog, Row
-from eellm.train.run_dir import RunDir
+from eellm.train.run_dir import RunDir, hold
 from eellm.train.signals import Stop
 from eellm.train.start import merged_model
 from eellm.train.trainer import Trainer
 from eellm.train.watch import Watch
 
 FREE = ("parallel", "checkpoint", "train.out_dir", "train.steps", "train.resume", "train.device", "train.log_every")
-FREE += ("train.evaluate_every", "train.max_bad_steps", "train.tensorboard", "train.wandb", "init_from")
+FREE += (
+    "train.evaluate_every",
+    "train.peak_tflops",
+    "train.max_bad_steps",
+    "train.tensorboard",
+    "train.wandb",
+    "init_from",
+)
 """Keys of a recipe that may change when a run is taken up again."""
 
 
@@ -41,7 +48,7 @@ def train(config: TrainConfig, world: World) -> None:
     torch.use_deterministic_algorithms(config.train.deterministic)
     watch = Watch(world.store, rank=world.rank, world_size=world.size, timeout_s=config.parallel.timeout_s)
     trainer = Trainer(config, world, watch)
-    run_dir = _hold(config, world)
+    run_dir = hold(config.train.out_dir, world)
     store = Store(config.train.out_dir / "checkpoints", keep=config.checkpoint.keep)
     bad = BadSteps(limit=config.train.max_bad_steps, batch=config.train.out_dir / "bad-batch")
     done = _resume(trainer, store, run_dir, bad)
@@ -121,20 +128,6 @@ def _resume(trainer: Trainer, store: Store, run_dir: RunDir | None, bad: BadStep
         run_dir.keep_metrics_up_to(step)
         log.info(f"{config.train.out_dir}: resumed after step {step}")
     return step
-
-
-def _hold(config: TrainConfig, world: World) -> RunDir | None:
-    """The run's directory, on rank 0. Raises RunError on every rank where it is held by another run."""
-    run_dir, refusal = None, None
-    if world.is_main:
-        try:
-            run_dir = RunDir(config.train.out_dir)
-        except (EellmError, OSError) as error:
-            refusal = str(error)
-    refusal = world.share(refusal)
-    if refusal is not None:
-        raise RunError(str(refusal))
-    return run_dir
 
 
 def _due(step: int, every: int, last: int) -> bool:

@@ -7,7 +7,7 @@
     out_dir/adapter/               tuning: the exits, as every tool of eellm reads them
 
 A state's name appears only when it is complete, so that a process killed at any moment leaves the one before.
-One process of a run holds the directory (rank 0) and tells the others whether it could.
+One process of a run holds the directory (rank 0) and tells the others whether it could; all may read its states.
 """
 
 import fcntl
@@ -19,7 +19,8 @@ from typing import Any
 from torch import Tensor
 
 from eellm.checkpoint.files import read_json, read_tensors, replacing, write_json, write_tensors
-from eellm.errors import RunError
+from eellm.errors import EellmError, RunError
+from eellm.parallel.mesh import World
 
 
 class RunDir:
@@ -50,11 +51,11 @@ class RunDir:
     def save_state(self, step: int, data: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Writes the state after `step`; older ones go when it is there."""
         older = self._states()
-        with replacing(self.path / f"state-{step:06d}", marker="state.json") as temporary:
+        with replacing(_state(self.path, step), marker="state.json") as temporary:
             write_tensors(temporary / "state.safetensors", tensors)
             write_json(temporary / "state.json", {"step": step, **data})
         for state in older:
-            if state.name != f"state-{step:06d}":
+            if state != _state(self.path, step):
                 _remove(state)
 
     def load_state(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
@@ -62,7 +63,8 @@ class RunDir:
         states = self._states()
         if not states:
             return None
-        return read_json(states[-1] / "state.json"), dict(read_tensors(states[-1] / "state.safetensors"))
+        data = read_json(states[-1] / "state.json")
+        return data, state_tensors(self.path, data["step"])
 
     def start_anew(self) -> None:
         """Forgets what an earlier run left: states, checkpoints, metrics, its name at Weights & Biases."""
@@ -98,6 +100,31 @@ class RunDir:
 
     def _states(self) -> list[Path]:
         return sorted(self.path.glob("state-*"))
+
+
+def hold(path: Path, world: World) -> RunDir | None:
+    """The run's directory, on rank 0. Raises RunError on every rank where another run holds it."""
+    run_dir, refusal = None, None
+    if world.is_main:
+        try:
+            run_dir = RunDir(path)
+        except EellmError as error:
+            refusal = str(error)
+        except OSError as error:
+            refusal = f"{error.filename or path}: {error.strerror or error}"
+    refusal = world.share(refusal)
+    if refusal is not None:
+        raise RunError(str(refusal))
+    return run_dir
+
+
+def state_tensors(path: Path, step: int) -> dict[str, Tensor]:
+    """What the state after `step` in the run's directory `path` holds."""
+    return dict(read_tensors(_state(path, step) / "state.safetensors"))
+
+
+def _state(path: Path, step: int) -> Path:
+    return path / f"state-{step:06d}"
 
 
 def _remove(directory: Path) -> None:

@@ -45,7 +45,7 @@ def start_from(placed: PlacedModel, directory: Path, *, seed: int) -> None:
     parts, config = ModelParts(directory), placed.config
 
     def value(name: str, shape: torch.Size) -> Tensor:
-        found = _value(parts, name, config)
+        found = find_value(parts, name, config)
         if found is None and name.startswith("exits."):
             found = initial_value(name, shape, std=config.init_std, seed=seed)
         if found is None or found.shape != shape:
@@ -56,11 +56,12 @@ def start_from(placed: PlacedModel, directory: Path, *, seed: int) -> None:
     placed.fill(value)
 
 
-def _value(parts: ModelParts, name: str, config: ModelConfig) -> Tensor | None:
+def find_value(parts: ModelParts, name: str, config: ModelConfig) -> Tensor | None:
+    """The directory's parameter `name`; of an exit that it lacks, the part that the exit starts as a copy of."""
     found = parts.get(name)
     if found is None and name.startswith("exits."):
         source = exit_source(name, config)
-        found = None if source is None else _value(parts, source, config)
+        found = None if source is None else find_value(parts, source, config)
     if found is None and name == "decoder.output.weight" and config.tie_embeddings:
         found = parts.get("decoder.embed.weight")
     return found

@@ -105,7 +105,8 @@ class Trainer:
         self.loss_scale.update(is_finite)
         times.mark("optimizer_s")
         self.num_tokens += self.config.train.global_batch_size * self.config.data.seq_len
-        row = {"step": step, "loss": loss, **self._named("loss", means), "grad_norm": norm, "lr": rate}
+        taking_part = {layer: means[layer] for layer in weights}
+        row = {"step": step, "loss": loss, **self._named("loss", taking_part), "grad_norm": norm, "lr": rate}
         if self.config.train.dtype == "float16":
             row["loss_scale"] = self.loss_scale.scale
         return row | self._speed(times), None if is_finite else batch
@@ -182,15 +183,18 @@ class Trainer:
 
     def _named(self, name: str, means: dict[int, float]) -> Row:
         *early, final = self.layers
-        return {f"{name}/exit_{layer}": means[layer] for layer in early} | {f"{name}/final": means[final]}
+        return {f"{name}/exit_{layer}": means.get(layer) for layer in early} | {f"{name}/final": means[final]}
 
     def _speed(self, times: "_Times") -> Row:
         config = self.config
         tokens_per_s = config.train.global_batch_size * config.data.seq_len / times.total_s
+        tflops_per_s = tokens_per_s * self.flops_per_token / 1e12
+        peak = config.train.peak_tflops
         return {
             "tokens": self.num_tokens,
             "tokens_per_s": tokens_per_s,
-            "tflops_per_s": tokens_per_s * self.flops_per_token / 1e12,
+            "tflops_per_s": tflops_per_s,
+            **({"mfu": tflops_per_s / (peak * self.world.size)} if peak else {}),
             "peak_memory_mb": peak_memory_mb(self.world),
             **{f"time/{name}": seconds for name, seconds in times.parts.items()},
         }

@@ -171,8 +171,6 @@ class Watch:
         verdict = self._get("watch/verdict")
         if verdict is None and age_s >= self._timeout_s * LISTEN_AFTER:
             verdict = self._listen(now, age_s)
-        elif verdict is None:
-            self._heard.clear()
         if verdict is not None:
             self._end(verdict)
 

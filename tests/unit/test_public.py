@@ -1,6 +1,7 @@
 """The public surface is small and listed; what only thinks loads no torch; files stay short."""
 
 import dataclasses
+import inspect
 import subprocess
 import sys
 import tomllib
@@ -12,6 +13,7 @@ import pytest
 
 import eellm
 from eellm.cli.main import VERBS
+from eellm.config.train import TrainConfig
 from eellm.config.tune import TuneConfig
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +24,9 @@ PUBLIC = """
 """
 
 OPTIONS = {
+    "prepare": "input out tokenizer train-tokenizer workers",
     "import": "source out dtype",
+    "export": "checkpoint out dtype",
     "add-exits": "base out exits kind head norm gate-size init seed",
     "generate": """
         model prompt adapter chat max-new-tokens method policy threshold exits max-deferred
@@ -37,13 +41,49 @@ OPTIONS = {
         train.out-dir train.steps train.batch-size train.accumulate train.seed train.evaluate-every train.save-every
         train.resume
         objective.beta objective.temperature objective.gate objective.chunk-size
-        optim.lr optim.min-lr optim.schedule optim.decay-fraction optim.warmup-steps optim.beta1 optim.beta2 optim.weight-decay optim.clip
+        {optim}
+        {parallel}
+    """,
+    "train": """
+        model.vocab-size model.hidden-size model.intermediate-size model.num-layers model.num-heads model.num-kv-heads
+        model.head-dim model.max-seq-len model.rms-norm-eps model.activation model.qkv-bias model.attention-out-bias
+        model.mlp-bias model.qk-norm model.sliding-window model.sliding-layers model.tie-embeddings model.init-std
+        model.bos-token-id model.eos-token-ids model.exits
+        model.rope.rope-type model.rope.rope-theta model.rope.factor model.rope.original-max-position-embeddings
+        model.rope.low-freq-factor model.rope.high-freq-factor model.rope.beta-fast model.rope.beta-slow
+        model.rope.attention-factor model.rope.mscale model.rope.mscale-all-dim model.rope.truncate
+        data.train data.weights data.validation data.validation-fraction data.validation-rows data.tokenizer
+        data.seq-len
+        train.out-dir train.steps train.global-batch-size train.seed train.dtype train.device train.deterministic
+        train.peak-tflops train.log-every train.evaluate-every train.resume train.max-bad-steps train.tensorboard
+        train.wandb
+        init-from
+        objective.exit-weights objective.weight-schedule objective.initial-weights objective.weight-warmup-steps
+        objective.curriculum objective.curriculum-period objective.temperature objective.confidence-weighting
+        objective.layer-dropout objective.dropout-schedule objective.chunk-size
+        {optim}
+        {parallel}
+        checkpoint.every checkpoint.keep
     """,
 }
+OPTIM = """
+    optim.lr optim.min-lr optim.schedule optim.decay-fraction optim.warmup-steps optim.beta1 optim.beta2
+    optim.weight-decay optim.clip
+"""
+PARALLEL = """
+    parallel.dp-replicate parallel.dp-shard parallel.tp parallel.pp parallel.schedule parallel.num-microbatches
+    parallel.stages-per-rank parallel.layers-per-stage parallel.exit-placement parallel.exit-mode parallel.recompute
+    parallel.compile parallel.timeout-s
+"""
+RECIPES = {"tune": TuneConfig, "train": TrainConfig}
+
 
 LIGHT = """
     eellm eellm.errors eellm.log eellm.config.check eellm.config.infer eellm.config.load eellm.config.model
-    eellm.config.optim eellm.config.parallel eellm.config.train eellm.config.tune eellm.text.chat eellm.text.stream eellm.text.tokenizer eellm.cli.main eellm.cli.options
+    eellm.config.optim eellm.config.parallel eellm.config.train eellm.config.tune
+    eellm.text.bytes eellm.text.chat eellm.text.stream eellm.text.tokenizer
+    eellm.data.prepare eellm.data.sources eellm.cli.main eellm.cli.options
+    eellm.schedule.partition eellm.plan.cost eellm.train.check eellm.train.weights eellm.train.dropout
 """
 
 
@@ -78,21 +118,31 @@ def test_the_version_is_the_project_s():
 def test_the_verbs_and_their_options_are_these():
     found = {}
     for verb, (module, _) in VERBS.items():
-        options = TuneConfig if verb == "tune" else import_module(module).Options
+        options = RECIPES[verb] if verb in RECIPES else import_module(module).Options
         found[verb] = set(options_of(options))
-    assert found == {verb: set(names.split()) for verb, names in OPTIONS.items()}
+    expected = {
+        verb: names.replace("{optim}", OPTIM).replace("{parallel}", PARALLEL) for verb, names in OPTIONS.items()
+    }
+    assert found == {verb: set(names.split()) for verb, names in expected.items()}
+
+
+def dataclasses_of(cls):
+    """`cls` and the dataclasses that are its fields, and theirs."""
+    yield cls
+    for hint in get_type_hints(cls).values():
+        if dataclasses.is_dataclass(hint):
+            yield from dataclasses_of(hint)
 
 
 def test_every_option_says_what_it_is():
     for verb, (module, _) in VERBS.items():
-        source = Path(import_module(module if verb != "tune" else "eellm.config.tune").__file__).read_text()
-        source = source.partition("class TuneConfig")[0]  # its fields are the tables, which say it themselves
-        for name in OPTIONS[verb].split():
-            field = name.rpartition(".")[2].replace("-", "_")
-            lines = [i for i, line in enumerate(source.splitlines()) if line.startswith(f"    {field}:")]
-            assert lines, name
-            for i in lines:
-                assert source.splitlines()[i + 1].startswith('    """'), f"{verb} {name} has no docstring"
+        for cls in dataclasses_of(RECIPES[verb] if verb in RECIPES else import_module(module).Options):
+            lines = inspect.getsource(cls).splitlines()
+            for field in dataclasses.fields(cls):
+                if dataclasses.is_dataclass(get_type_hints(cls)[field.name]):
+                    continue  # a table, which says it itself
+                (at,) = [i for i, line in enumerate(lines) if line.startswith(f"    {field.name}:")]
+                assert lines[at + 1].startswith('    """'), f"{verb}: {cls.__name__}.{field.name} has no docstring"
 
 
 def modules_after(code: str) -> set[str]:

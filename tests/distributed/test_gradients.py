@@ -1,0 +1,198 @@
+"""Losses, the gradient's norm and every gradient under every layout equal those of one process, in fp64 to 1e-10.
+
+One call of `run_on_ranks` takes many steps: processes are started once for all of them.
+"""
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+
+from eellm import ExitConfig
+from eellm.parallel.mesh import World
+from eellm.pipeline.run import SCHEDULES
+from eellm.schedule.partition import SINGLE, SPLIT_BACKWARD, V_SHAPED
+from tests.distributed.one_step import SIZES, differences, run_step, run_steps, step_of
+from tests.ranks import run_on_ranks
+
+KINDS = [
+    {"kind": "norm"},
+    {"kind": "layer"},
+    {"kind": "mlp", "gate_size": 3},
+    {"kind": "embed"},
+    {"kind": "norm", "norm": "final"},
+]
+BACKBONES = [
+    {"qk_norm": True},  # Qwen3
+    {"qkv_bias": True, "attention_out_bias": True, "mlp_bias": True},  # Qwen2 and more
+    {"sliding_window": 3, "sliding_layers": (1, 4, 6), "num_kv_heads": 4},  # Mistral
+]
+HEADS = list(product(("tied", "own"), (True, False)))
+"""An exit's output matrix; whether the final one is the embedding matrix."""
+
+
+def exits_at(layers, head="tied", shift=0):
+    """Exits of all kinds in turn, from the `shift`-th on."""
+    return [
+        ExitConfig(layer=layer, head=head, **KINDS[(i + shift) % len(KINDS)]) for i, layer in enumerate(sorted(layers))
+    ]
+
+
+def exits_on(num_stages):
+    """Layers of exits, by where they are in a pipeline of stages with as many layers each."""
+    each = SIZES["num_layers"] // num_stages
+    return {
+        "one on each stage": [stage * each + 1 for stage in range(num_stages)],
+        "two on one stage": [each + 1 - num_stages % 2, each + 2],
+        "on the first stage": [each],
+        "on the last stage": [SIZES["num_layers"] - 1],
+        "none": [],
+    }
+
+
+def assert_all_equal(num_processes, steps):
+    ranks = run_on_ranks(num_processes, run_steps, steps, timeout_s=280)
+    found = {str(step): differences(step, list(outcomes)) for step, *outcomes in zip(steps, *ranks, strict=True)}
+    assert not {step: wrong for step, wrong in found.items() if wrong}
+
+
+def num_stages_of(schedule, pp=2):
+    return pp if schedule in SINGLE else 2 * pp
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_schedule_with_exits_anywhere(schedule):
+    num_stages = num_stages_of(schedule)
+    even = (SIZES["num_layers"] // num_stages,) * num_stages
+    layout = {"pp": 2, "schedule": schedule, "num_microbatches": 4, "layers_per_stage": even}
+    places = exits_on(num_stages).values()
+    steps = [
+        step_of(exits_at(layers, head, shift), tie_embeddings=tied, **layout)
+        for shift, (layers, (head, tied)) in enumerate(product(places, HEADS))
+    ]
+    assert_all_equal(2, steps)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_schedule_with_every_other_option(schedule):
+    num_stages = num_stages_of(schedule)
+    layout = {"pp": 2, "schedule": schedule, "num_microbatches": 4}
+    boundaries = [stage * SIZES["num_layers"] // num_stages for stage in range(1, num_stages)]
+    mixed = [*exits_at([2, 4]), *exits_at([6, 7], "own", shift=2)]
+    steps = [
+        step_of(exits_at(boundaries, head, shift), tie_embeddings=tied, exit_placement=placement, **layout)
+        for shift, ((head, tied), placement) in enumerate(product(HEADS, ("next_stage", "auto")))
+    ]
+    uneven = (5, 3) if num_stages == 2 else (1, 4, 1, 2)
+    steps += [step_of(mixed, layers_per_stage=uneven, **layout)]
+    steps += [step_of(mixed, is_dropped=True, **layout), step_of(mixed, recompute="full", **layout)]
+    steps += [step_of(mixed, **layout | {"num_microbatches": 8})]
+    steps += [step_of(mixed, model=model, tie_embeddings=True, **layout) for model in BACKBONES]
+    if schedule not in SPLIT_BACKWARD:
+        steps += [step_of(mixed, recompute="selective", **layout)]
+        steps += [
+            step_of(exits_at([2, 3, 6], head), tie_embeddings=tied, exit_mode=mode, **layout)
+            for mode, (head, tied) in product(("eager", "checkpoint"), HEADS)
+        ]
+    if schedule not in (*SINGLE, *V_SHAPED):
+        steps += [step_of(mixed, stages_per_rank=3, tie_embeddings=True, **layout)]
+    assert_all_equal(2, steps)
+
+
+def variety(**layout):
+    """One layout, without and with each option."""
+    mixed = [*exits_at([1, 4, 5]), *exits_at([6, 7], "own", shift=2)]
+    steps = [step_of(exits_at([2, 4, 6], head, 1), tie_embeddings=tied, **layout) for head, tied in HEADS]
+    steps += [step_of(mixed, is_dropped=True, model=model, **layout) for model in BACKBONES]
+    steps += [step_of(**layout), step_of(mixed, recompute="full", **layout)]
+    steps += [step_of(mixed, recompute="selective", **layout)] if layout.get("schedule") not in SPLIT_BACKWARD else []
+    return steps
+
+
+@pytest.mark.parametrize("mode", ["deferred", "eager", "checkpoint"])
+def test_one_process(mode):
+    steps = [step for num in (1, 4) for step in variety(num_microbatches=num, exit_mode=mode)]
+    assert_all_equal(1, steps)
+
+
+@pytest.mark.parametrize("axis", ["dp_shard", "dp_replicate", "tp"])
+def test_two_processes_along_one_axis(axis):
+    steps = [step for num in (1, 2) for step in variety(num_microbatches=num, **{axis: 2})]
+    steps += [
+        step_of(exits_at([2, 4], head), exit_mode=mode, tie_embeddings=tied, **{axis: 2})
+        for mode, (head, tied) in product(("eager", "checkpoint"), HEADS)
+    ]
+    assert_all_equal(2, steps)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_pp4(schedule):
+    layout = {"pp": 4, "schedule": schedule, "num_microbatches": 8 if schedule == "dualpipev" else 4}
+    places = exits_on(num_stages_of(schedule, 4)).values()
+    steps = [
+        step_of(exits_at(layers, *head_and_shift), tie_embeddings=tied, **layout)
+        for layers, head_and_shift, tied in zip(places, product(("tied",), range(5)), [True, False] * 3, strict=False)
+    ]
+    assert_all_equal(4, steps)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"dp_replicate": 2, "dp_shard": 2},
+        {"dp_shard": 2, "tp": 2},
+        {"dp_replicate": 2, "tp": 2},
+        {"pp": 2, "tp": 2, "num_microbatches": 4},
+        {"pp": 2, "tp": 2, "num_microbatches": 4, "schedule": "interleaved_zero_bubble"},
+        {"pp": 2, "dp_shard": 2, "num_microbatches": 4},
+        {"pp": 2, "dp_shard": 2, "num_microbatches": 4, "schedule": "dualpipev"},
+        {"pp": 2, "dp_replicate": 2, "num_microbatches": 4, "schedule": "zbv"},
+    ],
+    ids=lambda layout: " ".join(f"{axis} {size}" for axis, size in layout.items()),
+)
+def test_four_processes_along_two_axes(layout):
+    assert_all_equal(4, variety(**layout))
+
+
+@pytest.mark.parametrize("schedules", [("1f1b", "interleaved_1f1b"), ("zbv",)])
+def test_eight_processes_along_three_axes(schedules):
+    exits = [*exits_at([2, 4]), *exits_at([6, 7], "own", shift=2)]
+    layout = {"dp_shard": 2, "pp": 2, "tp": 2, "num_microbatches": 4}
+    steps = [step_of(exits, tie_embeddings=True, schedule=schedule, **layout) for schedule in schedules]
+    steps += [step_of(exits_at([4], "own"), exit_placement="next_stage", schedule=schedules[0], **layout)]
+    steps += [step_of(exits, tie_embeddings=True, dp_replicate=2, dp_shard=2, tp=2, num_microbatches=2)]
+    assert_all_equal(8, steps)
+
+
+MISTAKES = {
+    "an exit's weight is off by 1%": ({"pp": 2, "num_microbatches": 4}, "gradient of exits.2.norm.weight on rank 0"),
+    "tied gradients aren't summed": (
+        {"pp": 2, "num_microbatches": 4},
+        "gradient of decoder.embed.weight on rank 0",
+    ),
+    "tied copies count twice": ({"pp": 2, "num_microbatches": 4}, "norm on rank 0"),
+    "gradients keep their pending sums": ({"tp": 2}, "gradient of decoder.layers.1.attn_norm.weight on rank 1"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_comparison_finds(mistake):
+    layout, difference = MISTAKES[mistake]
+    right = step_of(exits_at([2, 6]), tie_embeddings=True, **layout)
+    wrong = replace(right, mistake=mistake)
+    ranks = run_on_ranks(2, run_steps, [right, wrong])
+    assert differences(right, [outcomes[0] for outcomes in ranks]) == []
+    assert difference in differences(wrong, [outcomes[1] for outcomes in ranks])
+
+
+@pytest.mark.parametrize("what", ["sums", "evaluated", "norm", "errors"])
+def test_the_comparison_finds_a_wrong_or_missing_number(what):
+    step = step_of(exits_at([2, 6]))
+    outcome = run_step(step, World())
+    assert differences(step, [outcome]) == []
+    right = getattr(outcome, what)
+    changed = right * (1 + 1e-9) if what == "norm" else right | {next(iter(right)): 1e-9}
+    assert len(differences(step, [replace(outcome, **{what: changed})])) == 1
+    if what != "norm":
+        without_one = dict(list(right.items())[1:])
+        assert len(differences(step, [replace(outcome, **{what: without_one})])) == 1
