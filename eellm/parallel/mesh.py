@@ -104,7 +104,8 @@ def join(config: ParallelConfig, *, device: str = "cpu") -> World:
         return World(device=place)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
-        timeout = timedelta(seconds=config.timeout_s) if config.timeout_s else None
+        # NOTE longer than the watch's, which knows who is to blame; a time-out of gloo's or NCCL's names who suffers
+        timeout = timedelta(seconds=2 * config.timeout_s + 60) if config.timeout_s else None
         dist.init_process_group(backend, timeout=timeout, **_rendezvous())
     shape = tuple(getattr(config, axis) for axis in AXES)
     mesh = init_device_mesh(place.type, shape, mesh_dim_names=AXES)

@@ -21,7 +21,7 @@ from eellm.errors import ConfigError
 from eellm.model.init import torch_dtype
 from eellm.parallel.apply import parallelize
 from eellm.parallel.gradients import Tied
-from eellm.parallel.mesh import World, new_group
+from eellm.parallel.mesh import World
 from eellm.parallel.tensor import gather_rows
 from eellm.pipeline.stage import StageModule, canonical_name, shared_names, stage_part
 from eellm.schedule.partition import SINGLE, SPLIT_BACKWARD, V_SHAPED, Stage, partition, stages_of_ranks
@@ -126,19 +126,22 @@ def _described(
             if module.stage.index == shared.get(name, (module.stage.index,))[0]:
                 counted.append(parameter)
     rank_of = {index: rank for rank, indices in enumerate(stages_of) for index in indices}
-    tied = []
-    for name, holders in shared.items():
-        ranks = sorted({rank_of[index] for index in holders})
-        tied.append(Tied(parameters.get(name, ()), _group(ranks, world)))
+    ranks_of = {name: tuple(sorted({rank_of[index] for index in holders})) for name, holders in shared.items()}
+    groups = {ranks: _group(ranks, world) for ranks in sorted(set(ranks_of.values())) if len(ranks) > 1}
+    tied = [Tied(parameters.get(name, ()), groups.get(ranks)) for name, ranks in ranks_of.items()]
     return PlacedModel(config, stages, modules, parameters, tied, counted)
 
 
-def _group(pipeline_ranks: list[int], world: World) -> dist.ProcessGroup | None:
-    """The processes of this pipeline at some of its ranks; None where there is only one, or we aren't among them."""
-    if len(pipeline_ranks) == 1 or world.index("pp") not in pipeline_ranks:
-        return None
-    pipeline = dist.get_process_group_ranks(world.submesh("pp").get_group())
-    return new_group([pipeline[rank] for rank in pipeline_ranks])
+def _group(pipeline_ranks: tuple[int, ...], world: World) -> dist.ProcessGroup | None:
+    """The processes of this pipeline at some of its ranks; None where we aren't among them.
+
+    NOTE all processes call this, for the same ranks in the same order. torch names a group that only its members make
+    by how many others each is in, and those at several stages' ranks are in more: they would wait for each other.
+    """
+    assert world.mesh is not None, "a single process has no pipeline"
+    pipelines = world.mesh.mesh.flatten(1).T.tolist()
+    group, _ = dist.new_subgroups_by_enumeration([[ranks[rank] for rank in pipeline_ranks] for ranks in pipelines])
+    return group
 
 
 def copy_part(parameter: nn.Parameter, whole: Tensor) -> None:

@@ -222,8 +222,8 @@ class Watch:
             if missed * self._interval_s >= self._timeout_s and age_s >= self._timeout_s:
                 report = Report(action=action.name, step=self.step)
                 self._end(
-                    f"rank {self._rank} hangs: in {report} for {age_s:.0f} s (limit {self._timeout_s:g} s), and the "
-                    "store of the ranks does not answer: the launcher or rank 0, which holds it, is gone or stopped"
+                    "the store of the ranks does not answer, so the process that serves it (rank 0 or the launcher) is "
+                    f"dead or stopped; rank {self._rank} is in {report} for {age_s:.0f} s (limit {self._timeout_s:g} s)"
                 )
 
     def _end(self, verdict: str) -> None:

@@ -121,4 +121,7 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run_with_the_batch
     assert run.wait() == 2, run.printed()
     assert "not finite, 3 in a row; lower optim.lr or look at the batch in" in run.printed()
     assert (out_dir / "bad-batch" / "batch.safetensors").exists()
-    assert rows_of(out_dir)[-1]["loss"] is None, "a row is JSON, which has no NaN"
+    first, *skipped = rows_of(out_dir)
+    assert first["skipped_steps"] == 0
+    assert [row["skipped_steps"] for row in skipped] == [1, 2], "the third one ends the run"
+    assert [row["grad_norm"] for row in skipped] == [None, None], "a row is JSON, which has no NaN"

@@ -40,12 +40,12 @@ def exits_at(layers, head="tied", shift=0):
 
 def exits_on(num_stages):
     """Layers of exits, by where they are in a pipeline of stages with as many layers each."""
-    each = SIZES["num_layers"] // num_stages
+    each, last = SIZES["num_layers"] // num_stages, SIZES["num_layers"]
     return {
-        "one on each stage": [stage * each + 1 for stage in range(num_stages)],
+        "one on each stage": [layer for layer in range(1, last + 1, each) if layer < last],
         "two on one stage": [each + 1 - num_stages % 2, each + 2],
         "on the first stage": [each],
-        "on the last stage": [SIZES["num_layers"] - 1],
+        "on the last stage": [last - 1],
         "none": [],
     }
 
@@ -130,8 +130,12 @@ def test_pp4(schedule):
     layout = {"pp": 4, "schedule": schedule, "num_microbatches": 8 if schedule == "dualpipev" else 4}
     places = exits_on(num_stages_of(schedule, 4)).values()
     steps = [
-        step_of(exits_at(layers, *head_and_shift), tie_embeddings=tied, **layout)
-        for layers, head_and_shift, tied in zip(places, product(("tied",), range(5)), [True, False] * 3, strict=False)
+        step_of(exits_at(layers, shift=shift), tie_embeddings=shift % 2 == 0, **layout)
+        for shift, layers in enumerate(places)
+    ]
+    steps += [
+        # the final norm on stages 1 and 3, the matrix on 0 and 3: groups of processes that overlap
+        step_of([ExitConfig(layer=4, head="own", norm="final")], tie_embeddings=True, **layout)
     ]
     assert_all_equal(4, steps)
 

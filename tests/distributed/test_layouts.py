@@ -175,7 +175,9 @@ def test_an_exit_that_takes_no_part_has_no_gradient_and_no_optimizer_step(num_pr
         2: [ParallelConfig(dp_shard=2), ParallelConfig(tp=2), ParallelConfig(pp=2, schedule="zbv")],
         4: [ParallelConfig(dp_shard=2, pp=2), ParallelConfig(dp_shard=2, dp_replicate=2)],
     }
-    configs = [recipe(layout, steps=5, curriculum="rotational", curriculum_period=3) for layout in layouts[num_processes]]
+    configs = [
+        recipe(layout, steps=5, curriculum="rotational", curriculum_period=3) for layout in layouts[num_processes]
+    ]
     for results in run_on_ranks(num_processes, idle_exits, configs):
         assert results == [(10, [])] * len(configs), "of three exits, two rest in each step"
 

@@ -232,8 +232,8 @@ def test_a_rank_whose_store_does_not_answer_still_speaks_for_itself(lines):
     with watch, watch("backward of stage 0"):
         assert died.wait(30)
         store.thawed.set()
-    assert 'rank 1 hangs: in "backward of stage 0"' in lines()[0]
-    assert "the store of the ranks does not answer" in lines()[0]
+    assert "the store of the ranks does not answer, so the process that serves it (rank 0 or" in lines()[0]
+    assert 'rank 1 is in "backward of stage 0" of step 0 for' in lines()[0]
 
 
 def hang(rank, port, directory, how):

@@ -1,0 +1,219 @@
+"""What an exit costs in time: a pipeline of two processes under 1F1B, with an exit at the end of stage 0 and without.
+
+    python benchmarks/train_overhead.py [--quick] [--rounds 12] [--out bench-out/train_overhead.json]
+
+Both models live in the same two processes, one thread each, and take turns by whole iterations (A B A B …); forward and
+backward are timed, which is what a schedule says something about. For each number of microbatches: the median of the
+ratios round by round, their range, and beside it what EE-LLM (arXiv 2312.04916 §3) predicts, k · (f_EE + b_EE) / T: the
+head's forward and backward of one microbatch, timed apart, over an iteration without exits; here k = 1. It holds where
+the stage with its exit isn't heavier than the last one: both have 4 of the 8 layers and one output matrix.
+
+Two idle cores are needed; the load is reported.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch.distributed.launcher import LaunchConfig, elastic_launch
+
+from eellm.config.model import ExitConfig, ModelConfig
+from eellm.config.parallel import ParallelConfig
+from eellm.config.train import TextConfig, TrainConfig, TrainLoopConfig
+from eellm.exits.loss import CrossEntropy, exit_loss_node
+from eellm.parallel.mesh import join
+from eellm.pipeline.run import unwatched
+from eellm.train.check import resolve
+from eellm.train.trainer import Trainer
+
+NUM_LAYERS, EXIT = 8, 4
+VOCAB_SIZE, HIDDEN_SIZE, SEQ_LEN, ROWS = 4096, 192, 128, 4
+MICROBATCHES = (8, 24, 64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Of one number of microbatches."""
+
+    num_microbatches: int
+    plain_s: list[float]
+    """Iterations without exits."""
+    exit_s: list[float]
+    """The iteration after each of them, with the exit."""
+    head_s: float
+    """Forward and backward of the exit of one microbatch on stage 0, alone."""
+
+    @property
+    def overheads(self) -> list[float]:
+        """Round by round, as a share of the iteration without exits."""
+        return [b / a - 1 for a, b in zip(self.plain_s, self.exit_s, strict=True)]
+
+    @property
+    def predicted(self) -> float:
+        return self.head_s / statistics.median(self.plain_s)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=12, help="pairs of iterations at the most microbatches")
+    parser.add_argument("--quick", action="store_true", help="two rounds of 8 microbatches: does it run?")
+    parser.add_argument("--out", type=Path, default=Path("bench-out/train_overhead.json"))
+    options = parser.parse_args()
+    # fewer microbatches make shorter iterations, which want more rounds
+    plan = {8: 2} if options.quick else {n: options.rounds * min(3, 64 // n) for n in MICROBATCHES}
+    load = [os.getloadavg()]
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        run_id="train_overhead",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    results: list[Result] = elastic_launch(config, measure)(plan)[0]
+    load.append(os.getloadavg())
+    Console(width=120).print(table(results, load))
+    out = {
+        "sizes": {name: globals()[name] for name in ("NUM_LAYERS", "VOCAB_SIZE", "HIDDEN_SIZE", "SEQ_LEN", "ROWS")},
+        "torch": torch.__version__,
+        "load_average": load,
+        "results": [
+            asdict(result) | {"overhead": statistics.median(result.overheads), "predicted": result.predicted}
+            for result in results
+        ],
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(out, indent=2) + "\n")
+
+
+def recipe(num_microbatches: int, *, has_exit: bool) -> TrainConfig:
+    exits = (ExitConfig(layer=EXIT, head="own"),) if has_exit else ()
+    return resolve(
+        TrainConfig(
+            model=ModelConfig(
+                vocab_size=VOCAB_SIZE,
+                hidden_size=HIDDEN_SIZE,
+                intermediate_size=3 * HIDDEN_SIZE,
+                num_layers=NUM_LAYERS,
+                num_heads=6,
+                max_seq_len=SEQ_LEN,
+                exits=exits,
+            ),
+            data=TextConfig(train=("pydoc_data.topics",), seq_len=SEQ_LEN),
+            train=TrainLoopConfig(out_dir=Path("runs/unused"), global_batch_size=ROWS * num_microbatches),
+            parallel=ParallelConfig(
+                pp=2, schedule="1f1b", num_microbatches=num_microbatches, layers_per_stage=(EXIT, NUM_LAYERS - EXIT)
+            ),
+        )
+    )
+
+
+def measure(plan: dict[int, int]) -> list[Result]:
+    """On both processes at once; the first one's clock counts."""
+    torch.set_num_threads(1)
+    results = []
+    for num_microbatches, rounds in plan.items():
+        plain, exit = (trainer(recipe(num_microbatches, has_exit=has_exit)) for has_exit in (False, True))
+        plain_s, exit_s, head_s = [], [], []
+        for step in range(1, rounds + 3):
+            plain_s.append(iteration(plain, step))
+            exit_s.append(iteration(exit, step))
+            head_s.append(head(exit))
+        warm = slice(2, None)  # the optimizer's state and torch's threads come with the first ones
+        result = Result(
+            num_microbatches=num_microbatches,
+            plain_s=plain_s[warm],
+            exit_s=exit_s[warm],
+            head_s=statistics.median(head_s[warm]),
+        )
+        results.append(result)
+    return results
+
+
+def trainer(config: TrainConfig) -> Trainer:
+    return Trainer(config, join(config.parallel), unwatched)
+
+
+def iteration(trainer: Trainer, step: int) -> float:
+    """Seconds of a step's forward and backward, until both processes are through."""
+    dist.barrier()
+    seconds: list[float] = []
+    original = trainer.driver.step
+
+    def timed(*args) -> None:
+        start = time.perf_counter()
+        original(*args)
+        dist.barrier()
+        seconds.append(time.perf_counter() - start)
+
+    trainer.driver.step = timed
+    trainer.step(step)
+    trainer.driver.step = original
+    return seconds[0]
+
+
+def head(trainer: Trainer) -> float:
+    """Seconds of one microbatch through the exit, forward and backward; on the stage that has it, others wait."""
+    (module,) = trainer.placed.modules
+    seconds = 0.0
+    if EXIT in module.stage.exits:
+        seconds = _time(lambda: _run_head(trainer))
+    dist.barrier()
+    return seconds
+
+
+def _run_head(trainer: Trainer) -> None:
+    (module,) = trainer.placed.modules
+    decoder = module.model.decoder
+    x_BTD = torch.randn(ROWS, SEQ_LEN, HIDDEN_SIZE, requires_grad=True)
+    rows = decoder.rows(0, SEQ_LEN)
+    labels_N = torch.randint(VOCAB_SIZE, (ROWS * SEQ_LEN,))
+    chunk_size = trainer.config.objective.chunk_size
+    objective = CrossEntropy(labels_N)
+    y_BTD = exit_loss_node(x_BTD, module.model.head(EXIT, rows), objective, weight=1.0, chunk_size=chunk_size)
+    y_BTD.backward(torch.zeros_like(y_BTD))
+
+
+def _time(run: Callable[[], None], repeats: int = 3) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def table(results: list[Result], load: list[tuple[float, float, float]]) -> Table:
+    found = Table(
+        title="An exit at the end of stage 0 against none: overhead of an iteration",
+        caption=f"load average {load[0][0]:.2f} before, {load[1][0]:.2f} after",
+    )
+    for name in ("microbatches", "without, s", "with, s", "head, ms", "overhead, %", "range", "predicted, %", "points"):
+        found.add_column(name, justify="right")
+    for r in results:
+        overhead = statistics.median(r.overheads)
+        found.add_row(
+            str(r.num_microbatches),
+            f"{statistics.median(r.plain_s):.3f}",
+            f"{statistics.median(r.exit_s):.3f}",
+            f"{1000 * r.head_s:.1f}",
+            f"{100 * overhead:+.2f}",
+            f"{100 * min(r.overheads):+.1f} to {100 * max(r.overheads):+.1f}",
+            f"{100 * r.predicted:+.2f}",
+            f"{100 * (overhead - r.predicted):+.2f}",
+        )
+    return found
+
+
+if __name__ == "__main__":
+    main()
