@@ -33,6 +33,8 @@ class World:
     """Where this process computes."""
     mesh: DeviceMesh | None = None
     """With the dimensions `AXES`; None for a single process."""
+    timeout: timedelta | None = None
+    """After which a process that waits for another in vain gives up; None: torch's own."""
     store: dist.Store = field(default_factory=dist.HashStore)
     """A small table of strings that all processes share."""
 
@@ -71,6 +73,14 @@ class World:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return values
 
+    def background_group(self) -> dist.ProcessGroup | None:
+        """A group of all processes, over the CPU, for work beside the training; None for a single process."""
+        if self.size == 1:
+            return None
+        group = dist.new_group(backend="gloo", timeout=self.timeout)
+        assert isinstance(group, dist.ProcessGroup), "all processes are in it"
+        return group
+
     def share(self, value: object) -> object:
         """Rank 0's plain `value`, on every process."""
         if self.size == 1:
@@ -102,14 +112,14 @@ def join(config: ParallelConfig, *, device: str = "cpu") -> World:
         torch.cuda.set_device(place)
     if size == 1:
         return World(device=place)
+    # NOTE longer than the watch's, which knows who is to blame; a time-out of gloo's or NCCL's names who suffers
+    timeout = timedelta(seconds=2 * config.timeout_s + 60) if config.timeout_s else None
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
-        # NOTE longer than the watch's, which knows who is to blame; a time-out of gloo's or NCCL's names who suffers
-        timeout = timedelta(seconds=2 * config.timeout_s + 60) if config.timeout_s else None
         dist.init_process_group(backend, timeout=timeout, **_rendezvous())
     shape = tuple(getattr(config, axis) for axis in AXES)
     mesh = init_device_mesh(place.type, shape, mesh_dim_names=AXES)
-    return World(rank=dist.get_rank(), size=size, device=place, mesh=mesh, store=_open_store())
+    return World(rank=dist.get_rank(), size=size, device=place, mesh=mesh, timeout=timeout, store=_open_store())
 
 
 def check_world_size(config: ParallelConfig, size: int) -> None:

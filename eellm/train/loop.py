@@ -49,7 +49,9 @@ def train(config: TrainConfig, world: World) -> None:
     watch = Watch(world.store, rank=world.rank, world_size=world.size, timeout_s=config.parallel.timeout_s)
     trainer = Trainer(config, world, watch)
     run_dir = hold(config.train.out_dir, world)
-    store = Store(config.train.out_dir / "checkpoints", keep=config.checkpoint.keep)
+    store = Store(
+        config.train.out_dir / "checkpoints", keep=config.checkpoint.keep, process_group=world.background_group()
+    )
     bad = BadSteps(limit=config.train.max_bad_steps, batch=config.train.out_dir / "bad-batch")
     done = _resume(trainer, store, run_dir, bad)
     with watch, Stop() as stop:

@@ -1,5 +1,7 @@
 """What exits cost in memory on each of four stages, small: `benchmarks/train_memory.py` in seconds."""
 
+from itertools import pairwise
+
 import pytest
 
 from benchmarks.train_memory import NUM_STAGES, Sizes, growth, measure, variants
@@ -41,5 +43,5 @@ def test_eager_exits_hold_the_logits_of_every_microbatch_in_flight(peaks):
     for stage, extra in enumerate(more[:-1], 1):
         in_flight = NUM_STAGES - stage + 1
         assert extra >= in_flight * SIZES.microbatch_bytes, f"stage {stage}"
-    steps = [one - other for one, other in zip(more[:-2], more[1:-1], strict=True)]
+    steps = [one - other for one, other in pairwise(more[:-1])]
     assert steps == pytest.approx([SIZES.microbatch_bytes] * len(steps), rel=0.05), "one microbatch more per stage"

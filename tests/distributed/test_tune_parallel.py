@@ -158,8 +158,7 @@ def test_losses_gradients_weights_and_validation_are_those_of_one_process(world,
     cases = [(objective, layout) for objective in OBJECTIVES for layout in LAYOUTS[num_ranks]]
     found = run_on_ranks(num_ranks, outcomes_of, [recipe(world, *case) for case in cases])
     alone = {objective: outcome_of(recipe(world, objective)) for objective in OBJECTIVES}
-    for i, (objective, layout) in enumerate(cases):
-        print(objective, layout)
+    for i, (objective, _) in enumerate(cases):
         assert alone[objective]["rows"][0]["grad_norm"] > 0.05, "clipping takes part"
         assert_same([rank[i] for rank in found], alone[objective])
 
@@ -242,10 +241,8 @@ def test_a_stage_holds_its_part_and_nothing_is_behind_the_deepest_exit(world, ob
     exits = [{name for name in rank["held"] if name.startswith("exits.")} for rank in ranks]
     assert [{name.split(".")[1] for name in names} for names in exits] == [{"1", "2"}, set(), {"5"}]
     # what new exits are copies of is read too: the MLP behind exit 1, the last layer for exit 5
-    copied = [{2}, set(), {6}]
-    assert [layers_in(rank["asked"]) for rank in ranks] == [
-        mine | more for mine, more in zip(layers, copied, strict=True)
-    ]
+    expected = [mine | copied for mine, copied in zip(layers, [{2}, set(), {6}], strict=True)]
+    assert [layers_in(rank["asked"]) for rank in ranks] == expected
 
 
 def test_a_stage_whose_exits_have_heads_of_their_own_has_the_teacher_s_matrix_only_if_it_teaches(world):
@@ -271,8 +268,8 @@ def test_under_dp_shard_each_process_holds_its_share_of_the_layers(world):
 # --- runs ---
 
 
-class Stopped(Exception):
-    pass
+class StoppedError(Exception):
+    """In place of a kill."""
 
 
 def tune_until(last, config, world=None):
@@ -281,14 +278,14 @@ def tune_until(last, config, world=None):
 
     def mortal(tuner, number):
         if number > last:
-            raise Stopped
+            raise StoppedError
         return step(tuner, number)
 
     tuner_module.Tuner.step = mortal
     try:
         tune(config, world)
         raise AssertionError("it didn't die")
-    except Stopped:
+    except StoppedError:
         pass
     finally:
         tuner_module.Tuner.step = step
@@ -308,8 +305,7 @@ def rows_of(out_dir):
 
 
 def files_of(out_dir):
-    names = {str(path.relative_to(out_dir)) for path in out_dir.rglob("*") if "tensorboard" not in str(path)}
-    return names
+    return {str(path.relative_to(out_dir)) for path in out_dir.rglob("*") if "tensorboard" not in str(path)}
 
 
 def test_a_run_goes_on_under_other_layouts_and_leaves_the_files_of_one_process(world):
