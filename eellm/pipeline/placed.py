@@ -141,7 +141,7 @@ def _group(pipeline_ranks: tuple[int, ...], world: World) -> dist.ProcessGroup |
     assert world.mesh is not None, "a single process has no pipeline"
     pipelines = world.mesh.mesh.flatten(1).T.tolist()
     group, _ = dist.new_subgroups_by_enumeration([[ranks[rank] for rank in pipeline_ranks] for ranks in pipelines])
-    return group
+    return group if isinstance(group, dist.ProcessGroup) else None
 
 
 def copy_part(parameter: nn.Parameter, whole: Tensor) -> None:

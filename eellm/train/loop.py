@@ -17,7 +17,7 @@ from eellm.log import log
 from eellm.parallel.mesh import World
 from eellm.train.bad_steps import BadSteps
 from eellm.train.check import resolve
-from eellm.train.metrics import MetricsLog, Row
+from eellm.train.metrics import MetricsLog, Row, check_writers
 from eellm.train.run_dir import RunDir, hold
 from eellm.train.signals import Stop
 from eellm.train.start import merged_model
@@ -45,6 +45,7 @@ def train(config: TrainConfig, world: World) -> None:
     if config.init_from is not None:
         config = replace(config, model=merged_model(config.model, config.init_from))
     config = resolve(config)
+    check_writers(tensorboard=config.train.tensorboard, wandb=config.train.wandb)
     torch.use_deterministic_algorithms(config.train.deterministic)
     watch = Watch(world.store, rank=world.rank, world_size=world.size, timeout_s=config.parallel.timeout_s)
     trainer = Trainer(config, world, watch)
