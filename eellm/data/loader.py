@@ -6,7 +6,7 @@ depends on (seed, epoch) alone, so two numbers say where the stream stands. B: r
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import numpy as np
@@ -29,6 +29,8 @@ class Batch:
     """Position within the piece."""
     documents_BT: torch.Tensor
     """Number of the piece within its row."""
+    is_packed: bool = True
+    """Whether some row holds several pieces, so that attention must be kept within each."""
 
     @classmethod
     def of(cls, rows: Rows) -> Self:
@@ -42,6 +44,7 @@ class Batch:
             labels_BT=tensor(rows.labels_NT),
             positions_BT=tensor(rows.positions_NT),
             documents_BT=tensor(rows.documents_NT),
+            is_packed=bool(rows.documents_NT.any()),
         )
 
     def to(self, device: torch.device | str) -> Self:
@@ -59,8 +62,12 @@ class Batch:
         padded.labels_BT[num_rows - missing :] = IGNORE
         return padded
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """By name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
-        return type(self)(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
+        return replace(self, **{name: change(values) for name, values in self.tensors().items()})
 
 
 class Order:

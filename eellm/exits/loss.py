@@ -48,6 +48,25 @@ class CrossEntropy:
             loss_N = loss_N * confidence(logits_NV.detach())
         return loss_N.sum()
 
+    def gradient_(self, logits_NV: Tensor, rows: slice, weight: float | Tensor) -> Tensor:
+        """The same sum, without autograd; the logits (float32 or float64) become the gradient of weight · sum.
+
+        Autograd's way holds three tensors of their size at a time: logits, log-probabilities, gradient.
+        """
+        labels_N1 = self.labels_N[rows, None]
+        index_N1, factor_N1 = labels_N1.clamp(min=0), (labels_N1 != IGNORE).to(logits_NV)
+        if self.confidence_weighting:
+            factor_N1 = factor_N1 * confidence(logits_NV)[:, None]
+        if self.temperature != 1:
+            logits_NV.div_(self.temperature)
+        logits_NV.sub_(logits_NV.amax(-1, keepdim=True))
+        target_N1 = logits_NV.gather(-1, index_N1)
+        total_N1 = logits_NV.exp_().sum(-1, keepdim=True)
+        loss = (factor_N1 * (total_N1.log() - target_N1)).sum()
+        factor_N1 = factor_N1 * weight / self.temperature
+        logits_NV.mul_(factor_N1 / total_N1).scatter_add_(-1, index_N1, -factor_N1)
+        return loss
+
 
 def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     """Per row, (N,); 0 where the label is IGNORE."""
@@ -144,8 +163,9 @@ class _ExitLoss(torch.autograd.Function):
         ctx.call = call
         device = x_BTD.device.type
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        ctx.save_for_backward(x_BTD)
-        return x_BTD.clone()  # NOTE not a view: zero-bubble schedules detach in place
+        y_BTD = x_BTD.clone()  # NOTE not a view: zero-bubble schedules detach in place
+        ctx.save_for_backward(y_BTD)  # not x: y is kept anyway, by the next layer or as the stage's output
+        return y_BTD
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
@@ -176,10 +196,9 @@ def chunked_gradients(
     for start in range(0, len(z_ND), call.chunk_size):
         rows = slice(start, min(start + call.chunk_size, len(z_ND)))
         chunk_ND = z_ND[rows].requires_grad_()
-        loss = call.objective(chunk_ND, call.head.logits(chunk_ND), rows)
-        grad_ND[rows], *grads = torch.autograd.grad(loss * call.weight, (chunk_ND, *parameters), allow_unused=True)
+        loss, grad_ND[rows], grads = _of_chunk(call, chunk_ND, rows, parameters)
         totals = [_add(total, grad) for total, grad in zip(totals, grads, strict=True)]
-        loss_sum = loss_sum + loss.detach()  # NOTE not in place: under tensor parallelism losses are DTensors
+        loss_sum = loss_sum + loss  # NOTE not in place: under tensor parallelism losses are DTensors
     inputs = [x_BTD] * needs_x + list(parameters)
     if z_BTD.requires_grad and inputs:
         grads = torch.autograd.grad(z_BTD, inputs, grad_ND.view_as(z_BTD), allow_unused=True)
@@ -187,6 +206,22 @@ def chunked_gradients(
         totals = [_add(total, grad) for total, grad in zip(totals, grads[needs_x:], strict=True)]
         return loss_sum, grad_x, totals
     return loss_sum, None, totals
+
+
+def _of_chunk(
+    call: _Call, chunk_ND: Tensor, rows: slice, parameters: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
+    """The loss (unweighted sum) of a chunk, and the gradients of weight · loss for its rows and each parameter."""
+    logits_NV = call.head.logits(chunk_ND)
+    if isinstance(call.objective, CrossEntropy) and type(logits_NV) is Tensor:  # not a DTensor: the vocabulary is whole
+        values_NV = upcast(logits_NV.detach())  # float32: the same memory, which no backward reads
+        loss = call.objective.gradient_(values_NV, rows, call.weight)
+        output, grad = logits_NV, values_NV.to(logits_NV.dtype)
+    else:
+        loss = call.objective(chunk_ND, logits_NV, rows)
+        output, grad = loss * call.weight, None
+    grad_ND, *grads = torch.autograd.grad(output, (chunk_ND, *parameters), grad, allow_unused=True)
+    return loss.detach(), grad_ND, grads
 
 
 def _add(total: Tensor | None, grad: Tensor | None) -> Tensor | None:

@@ -35,6 +35,8 @@ class PackedBatch(Protocol):
     def positions_BT(self) -> Tensor: ...  # noqa: N802
     @property
     def documents_BT(self) -> Tensor: ...  # noqa: N802
+    @property
+    def is_packed(self) -> bool: ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -56,14 +56,17 @@ class Decoder(nn.Module):
         cos_TE, sin_TE = self.rope(positions_T, weight.dtype)
         return Rows(cos_TE, sin_TE, {w: causal_mask(positions_T, end, start, w) for w in self.windows})
 
-    def packed_rows(self, positions_BT: Tensor, documents_BT: Tensor, dtype: torch.dtype | None = None) -> Rows:
+    def packed_rows(self, positions_BT: Tensor, documents_BT: Tensor | None, dtype: torch.dtype | None = None) -> Rows:
         """Rows of packed documents: attention stays within equal document numbers of a sequence.
 
-        dtype: of the angles; unset, the embedding matrix's.
+        documents_BT: None where each sequence is one document; then most masks are, too. dtype: of the angles; unset,
+        the embedding matrix's.
         """
         cos, sin = self.rope(positions_BT[:, None], dtype or self.embed.weight.dtype)
+        index_T = torch.arange(positions_BT.shape[1], device=positions_BT.device)
+        if documents_BT is None:
+            return Rows(cos, sin, {w: causal_mask(index_T, len(index_T), 0, w) for w in self.windows})
         seen_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
-        index_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
         masks: dict[int | None, Tensor | None] = {}
         for window in self.windows:
             distance_TT = index_T[:, None] - index_T[None, :]

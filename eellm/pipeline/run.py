@@ -166,11 +166,10 @@ class _WatchedStage(pipelining.PipelineStage):
 
 
 def _others(batch: PackedBatch, keep_BL: Tensor | None) -> dict[str, Tensor]:
-    others = {
-        "labels_BT": batch.labels_BT,
-        "positions_BT": batch.positions_BT,
-        "documents_BT": batch.documents_BT,
-    }
+    """What a stage's forward takes beside its input."""
+    others = {"labels_BT": batch.labels_BT, "positions_BT": batch.positions_BT}
+    if batch.is_packed:
+        others["documents_BT"] = batch.documents_BT
     return others if keep_BL is None else others | {"keep_BL": keep_BL}
 
 

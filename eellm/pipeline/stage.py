@@ -8,7 +8,6 @@ model. Shapes: B sequences of a microbatch, T rows, D hidden, L layers.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +23,18 @@ from eellm.pipeline.split import Edges, join_at_start
 from eellm.schedule.partition import Stage
 
 
-@dataclass(frozen=True, eq=False)
 class StepLosses:
-    """What the stages of one step share: the losses' weights, and where their sums go."""
+    """What the stages of one step share: the losses' weights, and where their sums go.
 
-    weights: Mapping[int, float]
-    """By exit layer, the final one included; an exit that is absent takes no part. Each is multiplied with the sum of
-    the exit's losses, so it holds the division by the number of targets, and the loss scale."""
-    reported: list[tuple[int, list[Tensor]]] = field(default_factory=list)
-    """Per forward and exit: the layer, and a cell for the detached sum, which the backward fills."""
+    NOTE a plain class: FSDP casts what a forward gets, and hands on a copy of a dataclass, a dict or a list.
+    """
+
+    def __init__(self, weights: Mapping[int, float]) -> None:
+        """weights: by exit layer, the final one included; an exit that is absent takes no part. Each is multiplied
+        with the sum of the exit's losses, so it holds the division by the number of targets, and the loss scale."""
+        self.weights = weights
+        self.reported: list[tuple[int, list[Tensor]]] = []
+        """Per forward and exit: the layer, and a cell for the detached sum, which the backward fills."""
 
     def cell(self, layer: int) -> Callable[[Tensor], None]:
         """Where one microbatch's sum at one exit goes. A split backward reports the same sum twice; one is kept."""
@@ -86,12 +88,13 @@ class StageModule(nn.Module):
         step_losses: StepLosses,
         labels_BT: Tensor,
         positions_BT: Tensor,
-        documents_BT: Tensor,
+        documents_BT: Tensor | None = None,
         keep_BL: Tensor | None = None,
     ) -> Tensor:
         """Hidden state (B, T, D) behind the stage's last layer.
 
-        x: tokens (B, T) on the first stage, the hidden state on others. keep_BL: False where a sequence skips a layer.
+        x: tokens (B, T) on the first stage, the hidden state on others. documents_BT: None where each sequence is one
+        document. keep_BL: False where a sequence skips a layer.
         """
         with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             return self._forward(x, step_losses, labels_BT, positions_BT, documents_BT, keep_BL)
@@ -102,7 +105,7 @@ class StageModule(nn.Module):
         losses: StepLosses,
         labels_BT: Tensor,
         positions_BT: Tensor,
-        documents_BT: Tensor,
+        documents_BT: Tensor | None,
         keep_BL: Tensor | None,
     ) -> Tensor:
         decoder, stage = self.model.decoder, self.stage

@@ -96,7 +96,7 @@ class _Run:
     def _step(self, step: int) -> Row:
         row, bad_batch = self.trainer.step(step)
         if bad_batch is not None and self.run_dir is not None:
-            self.run_dir.save_bad_batch(step, {name: getattr(bad_batch, name) for name in vars(bad_batch)})
+            self.run_dir.save_bad_batch(step, bad_batch.tensors())
         overflow = bad_batch is not None and row["loss"] == row["loss"] and self.trainer.loss_scale.can_shrink
         self.bad.record(step, finite=bad_batch is None, overflow=overflow)
         return row | {"skipped_steps": self.bad.skipped}

@@ -89,6 +89,7 @@ def batch() -> tuple[Batch, torch.Tensor]:
         labels_BT=labels_BT,
         positions_BT=places_T - documents_BT * cuts_B1,
         documents_BT=documents_BT,
+        is_packed=True,
     )
     return rows, torch.rand(NUM_ROWS, SIZES["num_layers"], generator=generator) > 0.3
 

@@ -1,47 +1,21 @@
-"""EE-Tuning over several processes gives the numbers of one, in fp64, and leaves its files; no stage holds more than
-its own part."""
+"""EE-Tuning over several processes gives the numbers of one, in fp64; no stage holds more than its own part."""
 
 import contextlib
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
-from pydoc_data.topics import topics
 
 import pytest
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 
 import eellm
-from eellm.checkpoint.files import read_tensors
 from eellm.checkpoint.parts import ModelParts
-from eellm.cli.main import main
-from eellm.config.load import from_dict
-from eellm.config.tune import TuneConfig
-from eellm.errors import ConfigError
+from eellm.exits.loss import IGNORE
+from eellm.exits.metrics import exit_table
 from eellm.parallel.mesh import join
-from eellm.pipeline.frozen import plan_frozen_stages
-from eellm.train import tuner as tuner_module
 from eellm.train.tune import Tuner, tune
-from tests.models import tiny_config
+from tests.distributed.tuning import OBJECTIVES, make_world, recipe, without_clock
 from tests.ranks import run_on_ranks
-from tests.worlds import tiny_tokenizer
 
-ROOT = Path(__file__).parents[2]
-EXITS = (
-    {"layer": 1, "kind": "mlp", "gate_size": 4},
-    {"layer": 2, "kind": "norm", "norm": "final", "head": "own"},
-    {"layer": 5, "kind": "layer", "gate_size": 4},
-)
-"""None at layers 3 and 4. What the exits at 1 and 5 lack is the final head's."""
-OBJECTIVES = {
-    "text": {"beta": 0.0, "gate": False},
-    "distilled": {"beta": 0.5, "gate": False, "temperature": 2.0},
-    "gated": {"beta": 0.0, "gate": True},
-    "both": {"beta": 0.5, "gate": True},
-}
 LAYOUTS = {
     2: (
         {"pp": 2},
@@ -56,44 +30,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A base with tied embeddings, one without, and a text."""
-    directory = tmp_path_factory.mktemp("tune")
-    tokenizer = tiny_tokenizer()
-    for tied in (False, True):
-        sizes = {"vocab_size": tokenizer.vocab_size, "exits": (), "init_std": 0.2, "tie_embeddings": tied}
-        model = eellm.build(tiny_config(**sizes), seed=1)
-        model.tokenizer = tokenizer
-        eellm.save(model, directory / ("tied" if tied else "base"))
-    (directory / "text.jsonl").write_text(
-        "".join(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics)[:8])
-    )
-    return directory
-
-
-def recipe(world, objective="text", parallel=(), *, base="base", out_dir="run", **tables):
-    data = {
-        "model": {"base": str(world / base), "exits": list(EXITS), "dtype": "float64"},
-        "data": {"train": [str(world / "text.jsonl")], "seq_len": 24, "validation_rows": 6},
-        "train": {"out_dir": str(world / out_dir), "steps": 3, "batch_size": 4, "accumulate": 2},
-        "objective": OBJECTIVES[objective] | {"chunk_size": 37},
-        "optim": {"lr": 3e-3, "warmup_steps": 1, "clip": 0.05},
-        "parallel": layout_of(objective, dict(parallel)),
-    }
-    for table, values in tables.items():
-        data[table] |= values
-    return from_dict(TuneConfig, data)
-
-
-def layout_of(objective, parallel):
-    """The last of `layers_per_stage` is what is left of the layers that run."""
-    if "layers_per_stage" in parallel:
-        counts = list(parallel["layers_per_stage"])
-        parallel["layers_per_stage"] = [*counts, (5 if objective == "text" else 6) - sum(counts)]
-    return parallel
-
-
-def without_clock(row):
-    return {key: value for key, value in row.items() if key != "tokens_per_s"}
+    return make_world(tmp_path_factory.mktemp("tune"))
 
 
 def outcome_of(config, world=None):
@@ -151,6 +88,55 @@ def assert_same(ranks, alone):
                 if tensor is not None:
                     torch.testing.assert_close(tensor, expected, rtol=1e-9, atol=1e-9, msg=name)
     assert seen == alone["exits"].keys()
+
+
+def on_the_whole_model(config, batch, validation):
+    """The first step's losses and gradients by plain autograd, without clipping; and what `exit_table` says."""
+    model = eellm.load(config.model.base, dtype="float64")
+    eellm.add_exits(model, config.model.exits, seed=config.train.seed)
+    table = exit_table(model, validation)
+    rows = model.decoder.packed_rows(batch.positions_BT, batch.documents_BT)
+    logits = {n: model.logits(n, model.normed(n, h, rows))[batch.labels_BT != IGNORE] for n, h in hiddens(model, batch)}
+    labels, teacher = batch.labels_BT[batch.labels_BT != IGNORE], logits.pop(6).detach()
+    beta, T, losses, total = config.objective.beta, config.objective.temperature, {}, 0.0
+    for n, logits_NV in logits.items():
+        entropy = F.cross_entropy(logits_NV, labels)
+        p_NV, q_NV = ((x / T).softmax(-1) for x in (teacher, logits_NV))
+        kl = T**2 * (p_NV * (p_NV / q_NV).log()).sum(-1).mean()
+        losses |= {f"loss/exit_{n}": float(entropy.detach()), f"kl/exit_{n}": float(kl.detach())}
+        losses[f"agreement/exit_{n}"] = float((logits_NV.argmax(-1) == teacher.argmax(-1)).double().mean())
+        total = total + (1 - beta) * entropy + beta * kl
+    total.backward()
+    losses["loss"] = float(total.detach())
+    return losses, {f"exits.{n}": p.grad for n, p in model.exits.named_parameters()}, table
+
+
+def hiddens(model, batch):
+    """The hidden states that exits read, cut off from what they came from."""
+    rows = model.decoder.packed_rows(batch.positions_BT, batch.documents_BT)
+    return [(layer, h_BTD.detach()) for layer, h_BTD in model.hiddens(batch.tokens_BT, rows)]
+
+
+@pytest.mark.parametrize("objective", ["text", "distilled"])
+def test_one_process_gives_what_plain_autograd_on_the_whole_model_gives(world, objective):
+    config = recipe(world, objective, model={"fit_scale": False}, optim={"clip": 0.0})
+    tuner = Tuner(config)
+    other = Tuner(config)
+    losses, grads, table = on_the_whole_model(config, other.loader.take(8), other.validation.batches)
+    validated = tuner.evaluate()
+    row = tuner.step(1)
+    for name, value in losses.items():
+        if name in row or objective == "distilled":
+            assert row[name] == pytest.approx(value, rel=1e-12), name
+    for name, parameter in tuner.parameters.items():
+        if ".gate." not in name:
+            torch.testing.assert_close(parameter.grad, grads[name], rtol=1e-9, atol=1e-12, msg=name)
+    assert validated["val_loss/final"] == pytest.approx(table.nll(6), rel=1e-12)
+    for layer in (1, 2, 5):
+        assert validated[f"val_loss/exit_{layer}"] == pytest.approx(table.nll(layer), rel=1e-12)
+        assert validated[f"val_agreement/exit_{layer}"] == table.agreement(layer)
+        precision = table.at_threshold(0.5, exits=(layer,)).agreement_by_exit[layer]
+        assert validated[f"val_precision_0.5/exit_{layer}"] == precision
 
 
 @pytest.mark.parametrize("num_ranks", sorted(LAYOUTS))
@@ -263,138 +249,3 @@ def test_under_dp_shard_each_process_holds_its_share_of_the_layers(world):
     for rank in run_on_ranks(2, local_sizes, recipe(world, "text", {"dp_shard": 2})):
         assert rank.keys() == whole.keys()
         assert all(rank[n] == (whole[n] // 2 if "layers." in n and "exits" not in n else whole[n]) for n in whole)
-
-
-# --- runs ---
-
-
-class StoppedError(Exception):
-    """In place of a kill."""
-
-
-def tune_until(last, config, world=None):
-    """A run that dies in the step after `last`."""
-    step = tuner_module.Tuner.step
-
-    def mortal(tuner, number):
-        if number > last:
-            raise StoppedError
-        return step(tuner, number)
-
-    tuner_module.Tuner.step = mortal
-    try:
-        tune(config, world)
-        raise AssertionError("it didn't die")
-    except StoppedError:
-        pass
-    finally:
-        tuner_module.Tuner.step = step
-
-
-def tune_on_ranks(last, config):
-    world = join(config.parallel)
-    if last < config.train.steps:
-        tune_until(last, config, world)
-    else:
-        assert tune(config, world) == config.train.out_dir / "adapter"
-    dist.barrier()
-
-
-def rows_of(out_dir):
-    return [without_clock(json.loads(line)) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def files_of(out_dir):
-    return {str(path.relative_to(out_dir)) for path in out_dir.rglob("*") if "tensorboard" not in str(path)}
-
-
-def test_a_run_goes_on_under_other_layouts_and_leaves_the_files_of_one_process(world):
-    often = {"steps": 8, "save_every": 2, "evaluate_every": 4}
-    tune(recipe(world, "both", out_dir="whole", train=often))
-    for last, layout in ((3, {}), (5, {"pp": 2}), (7, {"dp_replicate": 2}), (8, {"pp": 2, "num_microbatches": 4})):
-        config = recipe(world, "both", layout, out_dir="moved", train=often)
-        if layout:
-            run_on_ranks(2, tune_on_ranks, last, config)
-        else:
-            tune_until(last, config)
-    whole, moved = world / "whole", world / "moved"
-    assert [row["step"] for row in rows_of(moved)] == list(range(1, 9))
-    for row, expected in zip(rows_of(moved), rows_of(whole), strict=True):
-        assert row == pytest.approx(expected, rel=1e-9, abs=1e-9)
-    assert files_of(moved) == files_of(whole)
-    for file in ("state-000008/state.safetensors", "adapter/exits.safetensors"):
-        found, expected = dict(read_tensors(moved / file)), dict(read_tensors(whole / file))
-        assert found.keys() == expected.keys()
-        for name, tensor in expected.items():
-            assert found[name].dtype == tensor.dtype
-            torch.testing.assert_close(found[name], tensor, rtol=1e-9, atol=1e-9, msg=name)
-    states = [json.loads((run / "state-000008" / "state.json").read_text()) for run in (whole, moved)]
-    assert states[0] == states[1]
-    assert eellm.load(world / "base", moved / "adapter").config.exit_layers == (1, 2, 5)
-
-
-def refusals(config):
-    """What each rank is told of a run whose directory is in use."""
-    world = join(config.parallel)
-    with pytest.raises(eellm.EellmError) as caught:
-        tune(config, world)
-    return str(caught.value)
-
-
-def test_every_rank_is_told_that_a_directory_is_in_use(world):
-    from eellm.train.run_dir import RunDir
-
-    held = RunDir(world / "busy")
-    told = run_on_ranks(2, refusals, recipe(world, "text", {"pp": 2}, out_dir="busy"))
-    assert told == [f"{held.path} is in use by a run that is alive; wait for it, or set another out_dir"] * 2
-
-
-@pytest.mark.parametrize(
-    ("parallel", "words"),
-    [
-        ({"tp": 2}, "parallel.tp = 2: an exit is compared with the final one over the whole vocabulary"),
-        ({"schedule": "zbv", "pp": 2}, "parallel.schedule = 'zbv': it means nothing where the layers run forward only"),
-        ({"recompute": "full"}, "parallel.recompute = 'full'"),
-        ({"exit_placement": "next_stage"}, "parallel.exit_placement = 'next_stage'"),
-        ({"dp_replicate": 3}, "train.batch_size · accumulate = 8: must be a multiple of dp_replicate · dp_shard = 3"),
-        ({"dp_shard": 2, "num_microbatches": 3}, "the 4 rows of a data-parallel rank don't divide into as many"),
-    ],
-)
-def test_a_layout_that_has_no_meaning_in_tuning_is_refused(world, parallel, words):
-    with pytest.raises(ConfigError, match=re.escape(words)):
-        recipe(world, "text", parallel)
-
-
-def test_more_stages_than_layers_that_run_are_refused(world):
-    config = recipe(world, "text", {"pp": 6})
-    model = tiny_config(exits=(eellm.ExitConfig(layer=5),))
-    with pytest.raises(ConfigError, match="no layer behind the deepest exit, at 5, runs, and each stage needs one"):
-        plan_frozen_stages(model, config.parallel, 24, is_taught=False)
-    stages = plan_frozen_stages(model, config.parallel, 24, is_taught=True)
-    assert [(stage.first, stage.last) for stage in stages] == [(n, n) for n in range(1, 7)]
-
-
-def test_torchrun_starts_it(world, capsys):
-    file = world / "recipe.toml"
-    file.write_text(
-        f'[model]\nbase = "{world / "base"}"\nexits = [{{ layer = 2 }}, {{ layer = 5, kind = "mlp" }}]\n'
-        f'dtype = "float64"\n[data]\ntrain = ["{world / "text.jsonl"}"]\nseq_len = 24\nvalidation_rows = 2\n'
-        f'[train]\nout_dir = "{world / "cli"}"\nsteps = 2\n'
-    )
-    assert main(["tune", str(file)]) == 0
-    expected = rows_of(world / "cli")
-    assert main(["tune", str(file), "--parallel.pp", "2"]) == 2
-    assert "start it with torchrun --nproc_per_node 2" in capsys.readouterr().err
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "eellm"]
-    done = subprocess.run(
-        [*launcher, "tune", str(file), "--parallel.pp", "2", "--train.out-dir", str(world / "cli2")],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("exits at 2, 5, after 2 steps") == 1
-    for row, alone in zip(rows_of(world / "cli2"), expected, strict=True):
-        assert row == pytest.approx(alone, rel=1e-9)

@@ -193,7 +193,7 @@ def test_the_node_s_peak_memory_does_not_grow_with_length_times_vocabulary():
     logits_bytes = vocab * 4
     chunked, longer = peak(1024, 256), peak(4096, 256)
     unchunked = peak(4096, 4096)
-    assert unchunked > 2 * 4096 * logits_bytes, "the measure sees the logits"
-    assert chunked < 6 * 256 * logits_bytes
+    assert unchunked > 4096 * logits_bytes, "the measure sees the logits"
+    assert chunked < 2 * 256 * logits_bytes
     assert longer - chunked < 0.2 * 3072 * logits_bytes, "four times the rows cost hidden states, not logits"
     assert longer < unchunked / 5

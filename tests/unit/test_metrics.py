@@ -206,6 +206,7 @@ def test_batches_without_a_target_add_nothing_and_a_text_without_any_is_refused(
         labels_BT=torch.full_like(batch.labels_BT, -100),
         positions_BT=batch.positions_BT,
         documents_BT=batch.documents_BT,
+        is_packed=True,
     )
     table = exit_table(model, [silent, batch])
     torch.testing.assert_close(table.exits[2].nll_N, table_of(model).exits[2].nll_N)
