@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made
 
-.PHONY: quickstart test check docs bench clean
+.PHONY: quickstart test check docs bench english clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make check        style, types, layers"
 	@echo "make docs         the documentation, into site/"
 	@echo "make bench        speed against transformers on this machine"
+	@echo "make english      trains the English model of the docs (about two hours on two cores; goes on where it stopped)"
 
 # torch comes first and by its exact number, so that every environment computes with the same one
 $(STAMP): pyproject.toml
@@ -39,6 +40,14 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/decode.py
+
+english: $(STAMP)
+	$(BIN)/python examples/english_text.py
+	$(BIN)/eellm prepare --input english/text.jsonl --train-tokenizer 2048 --out english/data
+	$(BIN)/eellm prepare --input english/validation.jsonl --tokenizer english/data --out english/validation
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 -m eellm train recipes/english.toml
+	$(BIN)/eellm export runs/english english/model --dtype float16
+	cp english/SOURCES.md english/model/README.md
 
 clean:
 	rm -rf $(VENV) site quickstart .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -90,8 +90,8 @@ def check_tensor_parallel(model: ModelConfig, seq_len: int, tp: int) -> None:
         if size % tp:
             fits = [n for n in range(1, min(sizes.values()) + 1) if all(s % n == 0 for s in sizes.values())]
             raise ConfigError(
-                f"parallel.tp = {tp}: {name} = {size} is not a multiple of it; this recipe takes tp in {fits}, or make "
-                f"it {size // tp * tp or tp} or {(size // tp + 1) * tp}"
+                f"parallel.tp = {tp}: {name} = {size} is not a multiple of it; this recipe takes tp in {fits}; or make "
+                f"{name} {' or '.join(str(n) for n in (size // tp * tp, size // tp * tp + tp) if n)}"
             )
 
 

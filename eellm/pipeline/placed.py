@@ -62,8 +62,8 @@ def plan_stages(model: ModelConfig, parallel: ParallelConfig) -> tuple[Stage, ..
     num_stages = parallel.pp * per_rank if parallel.pp > 1 else 1
     if parallel.exit_mode != "deferred" and parallel.pp > 1 and parallel.schedule in SPLIT_BACKWARD:
         raise ConfigError(
-            f"exit_mode = {parallel.exit_mode!r}: schedule {parallel.schedule} takes the backward for inputs and for "
-            "weights apart, and exits that share a matrix would get wrong gradients; use exit_mode = 'deferred'"
+            f"parallel.exit_mode = {parallel.exit_mode!r}: schedule {parallel.schedule} takes the backward for inputs "
+            "and for weights apart, and exits that share a matrix would get wrong gradients; use exit_mode = 'deferred'"
         )
     output = model.vocab_size * model.hidden_size
     attention = model.hidden_size * model.head_size * 2 * (model.num_heads + model.kv_heads)

@@ -65,7 +65,10 @@ def partition(
     """
     costs = {layer: head_cost if exit_costs is None else exit_costs.get(layer, head_cost) for layer in exits}
     if num_stages > num_layers:
-        raise ConfigError(f"{num_stages} stages for {num_layers} layers: each needs one; use up to {num_layers} stages")
+        raise ConfigError(
+            f"parallel.pp and stages_per_rank make {num_stages} stages for {num_layers} layers, and each needs one; "
+            f"use at most {num_layers} stages"
+        )
     if layers_per_stage is None:
         layers_per_stage = _balanced(num_layers, num_stages, costs, head_cost)
     _check_counts(layers_per_stage, num_layers, num_stages)
@@ -87,15 +90,19 @@ def stages_of_ranks(schedule: str, pp: int, stages_per_rank: int = 2) -> tuple[t
     return tuple(tuple(range(rank, pp * stages_per_rank, pp)) for rank in range(pp))
 
 
-def check_microbatches(schedule: str, pp: int, num_microbatches: int) -> None:
-    """Raises ConfigError, with the nearest number that works, for one that the schedule can't run."""
+def check_microbatches(schedule: str, pp: int, num_microbatches: int, *, num_rows: int | None = None) -> None:
+    """Raises ConfigError, with the nearest numbers that work, for one that the schedule can't run.
+
+    num_rows: those that are cut into microbatches; only numbers that divide them are offered.
+    """
     if takes(schedule, pp, num_microbatches):
         return
-    near = sorted(range(1, 4 * num_microbatches + 4 * pp), key=lambda n: (abs(n - num_microbatches), n))
-    better = [n for n in near if takes(schedule, pp, n)][:2]
+    numbers = range(1, 4 * num_microbatches + 4 * pp) if num_rows is None else range(1, num_rows + 1)
+    near = sorted(numbers, key=lambda n: (abs(n - num_microbatches), n))
+    better = [n for n in near if takes(schedule, pp, n) and (num_rows is None or num_rows % n == 0)][:2]
     raise ConfigError(
-        f"num_microbatches = {num_microbatches}: schedule {schedule} with pp = {pp} {_RULES[schedule]}; "
-        f"the nearest that work are {' and '.join(map(str, sorted(better)))}"
+        f"parallel.num_microbatches = {num_microbatches}: schedule {schedule} with pp = {pp} {_RULES[schedule]}; "
+        f"the nearest that work: {' and '.join(map(str, sorted(better)))}"
     )
 
 
@@ -121,8 +128,8 @@ _RULES = {
 def _check_counts(counts: Sequence[int], num_layers: int, num_stages: int) -> None:
     if len(counts) != num_stages or sum(counts) != num_layers or min(counts) < 1:
         raise ConfigError(
-            f"layers_per_stage = {list(counts)}: must be {num_stages} numbers of at least 1 that add up to the "
-            f"{num_layers} layers"
+            f"parallel.layers_per_stage = {list(counts)}: must be {num_stages} numbers of at least 1 that add up to "
+            f"the {num_layers} layers"
         )
 
 

@@ -22,16 +22,22 @@ def resolve(config: TrainConfig) -> TrainConfig:
             f"train.global_batch_size = {rows}: must be a multiple of dp_replicate · dp_shard = {parallel.dp}; the "
             f"nearest are {_around(rows, parallel.dp)}"
         )
-    chosen = parallel.num_microbatches or _num_microbatches(config)
-    if rows % (parallel.dp * chosen):
+    fits = _fitting(config)
+    if not fits:
+        raise ConfigError(
+            f"train.global_batch_size = {rows}: the rows of a data-parallel rank make too few microbatches for "
+            f"{parallel.schedule} with pp = {parallel.pp}; use a multiple of "
+            f"{parallel.dp * parallel.pp * (2 if parallel.schedule == 'dualpipev' else 1)}"
+        )
+    chosen = parallel.num_microbatches or _enough(fits, parallel.pp)
+    if parallel.pp > 1:
+        check_microbatches(parallel.schedule, parallel.pp, chosen, num_rows=rows // parallel.dp)
+        _check_pipeline(config)
+    if chosen not in fits:
         raise ConfigError(
             f"parallel.num_microbatches = {chosen}: the {rows // parallel.dp} rows of a data-parallel rank don't "
-            f"divide into as many; use one of {_fitting(config)}, or a global_batch_size of "
-            f"{_around(rows, parallel.dp * chosen)}"
+            f"divide into as many; use one of {fits}, or a global_batch_size of {_around(rows, parallel.dp * chosen)}"
         )
-    if parallel.pp > 1:
-        check_microbatches(parallel.schedule, parallel.pp, chosen)
-        _check_pipeline(config)
     return replace(config, parallel=replace(parallel, num_microbatches=chosen))
 
 
@@ -52,19 +58,10 @@ def _check_pipeline(config: TrainConfig) -> None:
         raise ConfigError(f"parallel.stages_per_rank = {parallel.stages_per_rank}: {parallel.schedule} has 2 on each")
 
 
-def _num_microbatches(config: TrainConfig) -> int:
-    parallel = config.parallel
-    if parallel.pp == 1:
-        return 1
-    fits = _fitting(config)
-    enough = [n for n in fits if n >= ENOUGH_MICROBATCHES_PER_STAGE * parallel.pp]
-    if not fits:
-        raise ConfigError(
-            f"train.global_batch_size = {config.train.global_batch_size}: the rows of a data-parallel rank make too "
-            f"few microbatches for {parallel.schedule} with pp = {parallel.pp}; use a multiple of "
-            f"{parallel.dp * parallel.pp * (2 if parallel.schedule == 'dualpipev' else 1)}"
-        )
-    return min(enough) if enough else max(fits)
+def _enough(fits: list[int], pp: int) -> int:
+    """The fewest microbatches that keep a pipeline busy, or as many as there can be."""
+    enough = [n for n in fits if n >= ENOUGH_MICROBATCHES_PER_STAGE * pp]
+    return 1 if pp == 1 else min(enough, default=max(fits))
 
 
 def _fitting(config: TrainConfig) -> list[int]:

@@ -99,13 +99,19 @@ def weights_of(model: eellm.ModelConfig) -> dict[int, float]:
     return {layer: 0.2 + 0.1 * layer for layer in model.exit_layers} | {model.num_layers: 1.0}
 
 
+@torch.no_grad()
+def whole_model(config: eellm.ModelConfig) -> eellm.EarlyExitLM:
+    """The model in one piece."""
+    model = eellm.build(config, dtype="float64")
+    for name, parameter in model.named_parameters():
+        parameter.copy_(value(name, parameter.shape))
+    return model
+
+
 @cache
 def reference(config: eellm.ModelConfig, is_dropped: bool):
     """Gradients by name, sums of the losses, and sums without dropped layers."""
-    model = eellm.build(config, dtype="float64")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(value(name, parameter.shape))
+    model = whole_model(config)
     with torch.no_grad():
         evaluated = _losses(model, is_dropped=False)
     sums = _losses(model, is_dropped=is_dropped)

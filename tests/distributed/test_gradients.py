@@ -3,16 +3,19 @@
 One call of `run_on_ranks` takes many steps: processes are started once for all of them.
 """
 
+from collections import Counter
 from dataclasses import replace
 from itertools import product
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 from eellm import ExitConfig
 from eellm.parallel.mesh import World
 from eellm.pipeline.run import SCHEDULES
-from eellm.schedule.partition import SINGLE, SPLIT_BACKWARD, V_SHAPED
-from tests.distributed.one_step import SIZES, differences, run_step, run_steps, step_of
+from eellm.schedule.partition import SINGLE, SPLIT_BACKWARD, V_SHAPED, takes
+from tests.distributed.one_step import SIZES, batch, differences, reference, run_step, run_steps, step_of, whole_model
 from tests.ranks import run_on_ranks
 
 KINDS = [
@@ -38,6 +41,9 @@ def exits_at(layers, head="tied", shift=0):
     ]
 
 
+MIXED = [*exits_at([1, 4, 5]), *exits_at([6, 7], "own", shift=2)]
+
+
 def exits_on(num_stages):
     """Layers of exits, by where they are in a pipeline of stages with as many layers each."""
     each, last = SIZES["num_layers"] // num_stages, SIZES["num_layers"]
@@ -58,6 +64,20 @@ def assert_all_equal(num_processes, steps):
 
 def num_stages_of(schedule, pp=2):
     return pp if schedule in SINGLE else 2 * pp
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", BACKBONES, ids=lambda backbone: next(iter(backbone)))
+def test_the_reference_reads_each_document_by_itself(backbone):
+    config = step_of(MIXED, model=backbone).model
+    model, (rows, _), sums = whole_model(config), batch(), Counter()
+    for tokens_T, labels_T, documents_T in zip(rows.tokens_BT, rows.labels_BT, rows.documents_BT, strict=True):
+        for document in documents_T.unique():
+            place = documents_T == document
+            for layer, logits_BTV in model(tokens_T[None, place]).items():
+                sums[layer] += F.cross_entropy(logits_BTV[0], labels_T[place], reduction="sum").item()
+    _, _, expected = reference(config, False)
+    assert dict(sums) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -85,7 +105,8 @@ def test_a_schedule_with_every_other_option(schedule):
     uneven = (5, 3) if num_stages == 2 else (1, 4, 1, 2)
     steps += [step_of(MIXED, layers_per_stage=uneven, **layout)]
     steps += [step_of(MIXED, is_dropped=True, **layout), step_of(MIXED, recompute="full", **layout)]
-    steps += [step_of(MIXED, **layout | {"num_microbatches": 8})]
+    fewest = min(n for n in (1, 2, 4, 8) if takes(schedule, 2, n))
+    steps += [step_of(MIXED, **layout | {"num_microbatches": n}) for n in (fewest, 8)]
     steps += [step_of(MIXED, model=model, tie_embeddings=True, **layout) for model in BACKBONES]
     if schedule not in SPLIT_BACKWARD:
         steps += [step_of(MIXED, recompute="selective", **layout)]
@@ -96,9 +117,6 @@ def test_a_schedule_with_every_other_option(schedule):
     if schedule not in (*SINGLE, *V_SHAPED):
         steps += [step_of(MIXED, stages_per_rank=3, tie_embeddings=True, **layout)]
     assert_all_equal(2, steps)
-
-
-MIXED = [*exits_at([1, 4, 5]), *exits_at([6, 7], "own", shift=2)]
 
 
 def variety(**layout):
