@@ -7,7 +7,6 @@ The reference knows no stages, no loss nodes and no schedules: it is a sum of cr
 hold several documents, and some have no target. A `mistake` breaks the layout's side on purpose.
 """
 
-import contextlib
 import zlib
 from dataclasses import dataclass
 from functools import cache
@@ -24,7 +23,7 @@ from eellm.exits.loss import IGNORE
 from eellm.parallel.gradients import settle_placements, square_sum, sum_tied
 from eellm.parallel.mesh import AXES, World, join
 from eellm.pipeline.placed import PlacedModel, place
-from eellm.pipeline.run import Driver, Loop, Pipeline
+from eellm.pipeline.run import Driver, Loop, Pipeline, unwatched
 from eellm.pipeline.stage import StepLosses
 from tests.models import tiny_config
 
@@ -178,21 +177,16 @@ def run_step(step: Step, world: World) -> Outcome:
 def _driver(step: Step, placed: PlacedModel, world: World) -> Driver:
     parallel = step.parallel
     if parallel.pp == 1:
-        return Loop(placed.modules[0], parallel, watch)
+        return Loop(placed.modules[0], parallel, unwatched)
     return Pipeline(
         placed.modules,
         parallel,
-        watch,
+        unwatched,
         group=world.submesh("pp").get_group(),
         microbatch=(NUM_ROWS // parallel.dp // parallel.num_microbatches, SEQ_LEN),
         hidden=(step.model.hidden_size, torch.float64),
         device=world.device,
     )
-
-
-def watch(action: str, *, waits: bool = False):
-    """Watches nothing."""
-    return contextlib.nullcontext()
 
 
 def _errors(step: Step, placed: PlacedModel) -> dict[str, float]:
