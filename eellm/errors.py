@@ -5,6 +5,7 @@ EellmError
 ├── CheckpointError      a model or adapter directory can't be read or written as asked
 │   ├── UnsupportedError     ... it is of an architecture, tensor type or version that we don't know
 │   └── BaseMismatchError    ... the adapter was made for another base model
+├── ScheduleError        the orders of a pipeline schedule can't be run
 ├── DataError            a text or token file is missing, empty or malformed
 ├── RequestError         a prompt or a generation option can't be served
 └── RunError             a training run can't start or go on (directory in use, nothing to resume, NaN)
@@ -35,6 +36,10 @@ class UnsupportedError(CheckpointError):
 
 class BaseMismatchError(CheckpointError):
     """The adapter's exits were made for another base model."""
+
+
+class ScheduleError(EellmError):
+    """The orders of a pipeline schedule can't be run: an action is missing, twice, too early or on a wrong rank."""
 
 
 class DataError(EellmError):

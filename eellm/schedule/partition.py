@@ -13,7 +13,7 @@ from typing import Literal
 from eellm.errors import ConfigError
 
 ExitPlacement = Literal["stay", "next_stage", "auto"]
-SINGLE = ("gpipe", "1f1b")
+SINGLE = ("gpipe", "1f1b", "filled_1f1b")
 V_SHAPED = ("zbv", "dualpipev")
 SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv", "dualpipev")
 
@@ -108,7 +108,7 @@ def check_microbatches(schedule: str, pp: int, num_microbatches: int, *, num_row
 
 def takes(schedule: str, pp: int, num_microbatches: int) -> bool:
     """Whether the schedule can run that many microbatches."""
-    if schedule == "1f1b":
+    if schedule in ("1f1b", "filled_1f1b"):
         return num_microbatches >= pp
     if schedule == "dualpipev":
         return num_microbatches >= 2 * pp
@@ -119,6 +119,7 @@ def takes(schedule: str, pp: int, num_microbatches: int) -> bool:
 
 _RULES = {
     "1f1b": "needs at least pp of them",
+    "filled_1f1b": "needs at least pp of them",
     "dualpipev": "needs at least 2 · pp of them",
     "interleaved_1f1b": "works in rounds of equal size, of at least pp of them",
     "interleaved_zero_bubble": "works in rounds of equal size, of at least pp of them",
