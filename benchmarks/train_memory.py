@@ -28,7 +28,7 @@ from eellm.config.model import ExitConfig, ModelConfig
 from eellm.config.parallel import ParallelConfig
 from eellm.config.train import LossConfig, TextConfig, TrainConfig, TrainLoopConfig
 from eellm.parallel.mesh import join
-from eellm.pipeline.run import unwatched
+from eellm.pipeline.watched import unwatched
 from eellm.train.check import resolve
 from eellm.train.trainer import Trainer
 

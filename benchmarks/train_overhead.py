@@ -23,17 +23,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from pipelines import iteration, on_processes, recipe
 from rich.console import Console
 from rich.table import Table
-from torch.distributed.launcher import LaunchConfig, elastic_launch
 
 from eellm.config.model import ExitConfig, ModelConfig
-from eellm.config.parallel import ParallelConfig
-from eellm.config.train import TextConfig, TrainConfig, TrainLoopConfig
 from eellm.exits.loss import CrossEntropy, exit_loss_node
 from eellm.parallel.mesh import join
-from eellm.pipeline.run import unwatched
-from eellm.train.check import resolve
+from eellm.pipeline.watched import unwatched
 from eellm.train.trainer import Trainer
 
 NUM_LAYERS, EXIT = 9, 4
@@ -84,16 +81,7 @@ def main() -> None:
     # fewer microbatches make shorter iterations, which want more rounds
     plan = {8: 2} if options.quick else {n: options.rounds * min(3, 64 // n) for n in MICROBATCHES}
     load = [os.getloadavg()]
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=2,
-        run_id="train_overhead",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-    )
-    results: list[Result] = elastic_launch(config, measure)(plan)[0]
+    results = on_processes(2, measure, plan)[0]
     load.append(os.getloadavg())
     Console(width=120).print(table(results, load))
     out = {
@@ -109,25 +97,15 @@ def main() -> None:
     options.out.write_text(json.dumps(out, indent=2) + "\n")
 
 
-def recipe(num_microbatches: int, *, has_exit: bool) -> TrainConfig:
-    exits = (ExitConfig(layer=EXIT, head="own"),) if has_exit else ()
-    return resolve(
-        TrainConfig(
-            model=ModelConfig(
-                vocab_size=VOCAB_SIZE,
-                hidden_size=HIDDEN_SIZE,
-                intermediate_size=3 * HIDDEN_SIZE,
-                num_layers=NUM_LAYERS,
-                num_heads=6,
-                max_seq_len=SEQ_LEN,
-                exits=exits,
-            ),
-            data=TextConfig(train=("pydoc_data.topics",), seq_len=SEQ_LEN),
-            train=TrainLoopConfig(out_dir=Path("runs/unused"), global_batch_size=ROWS * num_microbatches),
-            parallel=ParallelConfig(
-                pp=2, schedule="1f1b", num_microbatches=num_microbatches, layers_per_stage=(EXIT, NUM_LAYERS - EXIT)
-            ),
-        )
+def model(*, has_exit: bool) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=3 * HIDDEN_SIZE,
+        num_layers=NUM_LAYERS,
+        num_heads=6,
+        max_seq_len=SEQ_LEN,
+        exits=(ExitConfig(layer=EXIT, head="own"),) if has_exit else (),
     )
 
 
@@ -136,7 +114,8 @@ def measure(plan: dict[int, int]) -> list[Result]:
     torch.set_num_threads(1)
     results = []
     for num_microbatches, rounds in plan.items():
-        configs = [recipe(num_microbatches, has_exit=has_exit) for has_exit in (False, True)]
+        layout = {"layers_per_stage": (EXIT, NUM_LAYERS - EXIT), "num_microbatches": num_microbatches, "rows": ROWS}
+        configs = [recipe(model(has_exit=has_exit), **layout) for has_exit in (False, True)]
         plain, exit = (Trainer(config, join(config.parallel), unwatched) for config in configs)
         times = [(iteration(plain, step), iteration(exit, step), head(exit)) for step in range(1, rounds + 2)]
         without, with_exit, heads = zip(*times[1:], strict=True)  # the optimizer's state comes with the first
@@ -153,15 +132,6 @@ def measure(plan: dict[int, int]) -> list[Result]:
             )
         )
     return results
-
-
-def iteration(trainer: Trainer, step: int) -> tuple[float, float]:
-    """Seconds of a whole step, until both processes are through, and of its forward and backward."""
-    dist.barrier()
-    start = time.perf_counter()
-    row, _ = trainer.step(step)
-    dist.barrier()
-    return time.perf_counter() - start, row["time/forward_backward_s"]
 
 
 def head(trainer: Trainer) -> float:

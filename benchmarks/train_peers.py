@@ -31,7 +31,7 @@ from eellm.config.optim import OptimConfig
 from eellm.config.train import TextConfig, TrainConfig, TrainLoopConfig
 from eellm.data.stream import open_data
 from eellm.parallel.mesh import World
-from eellm.pipeline.run import unwatched
+from eellm.pipeline.watched import unwatched
 from eellm.train.check import resolve
 from eellm.train.optim import learning_rate, make_optimizer
 from eellm.train.trainer import Trainer

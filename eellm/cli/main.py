@@ -15,6 +15,7 @@ VERBS = {
     "add-exits": ("eellm.cli.add_exits", "give a model early exits, as an adapter directory"),
     "train": ("eellm.cli.train", "train a model with early exits, in one process or in many"),
     "tune": ("eellm.cli.tune", "train the exits of a model whose backbone is frozen (EE-Tuning)"),
+    "plan": ("eellm.cli.plan", "what a training run will cost: time, idle time, memory, each exit; the best layout"),
     "export": ("eellm.cli.export", "write a training run's checkpoint as a Hugging Face directory with exits"),
     "generate": ("eellm.cli.generate", "continue a prompt, each token leaving at the first exit that is sure enough"),
     "evaluate": ("eellm.cli.evaluate", "measure each exit on a text; quality against speed over thresholds"),

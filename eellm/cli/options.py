@@ -20,7 +20,7 @@ def parse(cls: type[T], args: list[str], *, verb: str, default: T | None = None)
 
     Raises ConfigError with one line for an unknown option (with the nearest right one) or a bad value.
     """
-    _refuse_unknown(cls, args, verb)
+    _refuse_unknown({"--help", *_flags(cls, "--")}, args, verb)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -37,8 +37,23 @@ def parse(cls: type[T], args: list[str], *, verb: str, default: T | None = None)
         raise ConfigError(_one_line(errors.getvalue(), verb)) from None
 
 
-def _refuse_unknown(cls: type, args: list[str], verb: str) -> None:
-    known = {"--help", *_flags(cls, "--")}
+def split_options(first: type, second: type, args: list[str], *, verb: str) -> tuple[list[str], list[str]]:
+    """The options of the dataclass `first`, with their values, and those of `second`.
+
+    Raises ConfigError for an option of neither, with the nearest right one.
+    """
+    known = {"--help", "-h", *_flags(first, "--")}
+    _refuse_unknown({*known, *_flags(second, "--")}, args, verb)
+    parts: tuple[list[str], list[str]] = ([], [])
+    part = parts[1]
+    for word in args:
+        if word.startswith("--") or word == "-h":
+            part = parts[0] if word.split("=")[0].replace("_", "-") in known else parts[1]
+        part.append(word)
+    return parts
+
+
+def _refuse_unknown(known: set[str], args: list[str], verb: str) -> None:
     for word in args:
         flag = word.split("=")[0]
         if flag.startswith("--") and " " not in flag and flag.replace("_", "-") not in known:

@@ -6,7 +6,9 @@ from typing import Literal
 from eellm.config.check import check_at_least, check_literals
 from eellm.errors import ConfigError
 
-Schedule = Literal["gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev"]
+Schedule = Literal[
+    "gpipe", "1f1b", "filled_1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,13 +24,14 @@ class ParallelConfig:
     pp: int = 1
     """Processes in a row, each with a stage (or several) of the layers."""
     schedule: Schedule = "1f1b"
-    """Who computes what when under pp > 1; the names are torch's."""
+    """Who computes what when under pp > 1; the names are torch's. filled_1f1b: 1f1b, with microbatches beyond those of
+    the global batch in its idle time, which take no longer and make gradients less noisy (see Planning)."""
     num_microbatches: int | None = None
     """Parts of a data-parallel rank's rows: what a pipeline works on, or gradient accumulation without one. Unset: 1
     without a pipeline; with one, the fewest from 4 · pp on that the schedule and the rows allow, or the most."""
     stages_per_rank: int = 2
     """Stages on each rank under interleaved_1f1b, looped_bfs and interleaved_zero_bubble; zbv and dualpipev have 2,
-    gpipe and 1f1b have 1."""
+    gpipe, 1f1b and filled_1f1b have 1."""
     layers_per_stage: tuple[int, ...] | None = None
     """Number of layers of each stage, in order; unset, as even as possible with the heads counted in."""
     exit_placement: Literal["stay", "next_stage", "auto"] = "stay"

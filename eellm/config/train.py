@@ -108,6 +108,12 @@ class TrainLoopConfig:
     """Go on from the newest checkpoint in `out_dir`, if there is one."""
     max_bad_steps: int = 5
     """Steps in a row with a loss or gradient that isn't finite, each of them skipped, after which the run stops."""
+    timeline: Path | None = None
+    """Where to draw the measured timeline of one step, by rank, with exits apart: .svg, .json (a trace, which
+    Perfetto opens) or .txt."""
+    timeline_step: int = 3
+    """Which step that is, counted from 1 at each start of the run; the last one of a shorter run. The first ones are
+    slower than others."""
     tensorboard: bool = False
     """Write TensorBoard files to `out_dir`/tensorboard."""
     wandb: str | None = None
@@ -115,7 +121,7 @@ class TrainLoopConfig:
 
     def __post_init__(self) -> None:
         check_literals(self)
-        check_at_least(self, 1, "steps", "global_batch_size", "log_every", "max_bad_steps")
+        check_at_least(self, 1, "steps", "global_batch_size", "log_every", "max_bad_steps", "timeline_step")
         check_at_least(self, 0, "evaluate_every", "seed", "peak_tflops")
 
 

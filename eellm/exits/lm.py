@@ -28,7 +28,9 @@ class ExitHead:
     hidden: Callable[[Tensor], Tensor]
     """(B, T, D) → (B, T, D), normed. May mix rows (a `layer` exit attends)."""
     logits: Callable[[Tensor], Tensor]
-    """(N, D) → (N, V). Row by row."""
+    """(N, D) → (N, V): the product with `matrix`."""
+    matrix: Tensor
+    """The output matrix (V, D), one of `parameters`."""
     parameters: tuple[nn.Parameter, ...]
     """Everything that both parts read, each once."""
 
@@ -66,8 +68,7 @@ class EarlyExitLM(nn.Module):
 
     def logits(self, layer: int, z_ND: Tensor) -> Tensor:
         """Normed hidden states (..., D) → raw logits (..., V)."""
-        own = None if layer == self.config.num_layers else self.exit(layer).output
-        return (self.decoder.output if own is None else own)(z_ND)
+        return self._output(layer)(z_ND)
 
     def exit(self, layer: int) -> Exit:
         """The early exit at `layer`."""
@@ -87,8 +88,14 @@ class EarlyExitLM(nn.Module):
         return ExitHead(
             hidden=lambda h_BTD: self.normed(layer, h_BTD, rows),
             logits=lambda z_ND: self.logits(layer, z_ND),
+            matrix=self._output(layer).weight,
             parameters=tuple(dict.fromkeys(parameters)),
         )
+
+    def _output(self, layer: int) -> nn.Linear:
+        """The output projection of the exit at `layer`; it has no bias."""
+        own = None if layer == self.config.num_layers else self.exit(layer).output
+        return self.decoder.output if own is None else own
 
     def _norm(self, layer: int, h_BTD: Tensor) -> Tensor:
         exit = self.exit(layer)

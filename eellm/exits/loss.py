@@ -189,15 +189,14 @@ def chunked_gradients(
     z_BTD = call.head.hidden(x_BTD)
     z_ND = z_BTD.detach().flatten(0, -2)
     grad_ND = torch.empty_like(z_ND)
+    of_chunk = _of_plain_chunk if _is_plain(call, z_ND) else _of_chunk
     totals: list[Tensor | None] = [None] * len(parameters)
     loss_sum = torch.zeros(
         (), dtype=torch.float64 if z_ND.dtype == torch.float64 else torch.float32, device=x_BTD.device
     )
     for start in range(0, len(z_ND), call.chunk_size):
         rows = slice(start, min(start + call.chunk_size, len(z_ND)))
-        chunk_ND = z_ND[rows].requires_grad_()
-        loss, grad_ND[rows], grads = _of_chunk(call, chunk_ND, rows, parameters)
-        totals = [_add(total, grad) for total, grad in zip(totals, grads, strict=True)]
+        loss, grad_ND[rows] = of_chunk(call, z_ND[rows], rows, parameters, totals)
         loss_sum = loss_sum + loss  # NOTE not in place: under tensor parallelism losses are DTensors
     inputs = [x_BTD] * needs_x + list(parameters)
     if z_BTD.requires_grad and inputs:
@@ -208,12 +207,40 @@ def chunked_gradients(
     return loss_sum, None, totals
 
 
-def _of_chunk(
-    call: _Call, chunk_ND: Tensor, rows: slice, parameters: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
-    """The loss (unweighted sum) of a chunk, and the gradients of weight · loss for its rows and each parameter."""
+def _is_plain(call: _Call, z_ND: Tensor) -> bool:
+    """Whether a chunk needs no autograd: a cross entropy over a whole matrix that nothing casts."""
+    matrix = call.head.matrix
+    is_whole = type(z_ND) is Tensor and type(matrix.detach()) is Tensor  # no DTensor: all of the vocabulary is here
+    is_cast = matrix.dtype != z_ND.dtype or torch.is_autocast_enabled(z_ND.device.type)
+    return isinstance(call.objective, CrossEntropy) and is_whole and not is_cast
+
+
+@torch.no_grad()
+def _of_plain_chunk(
+    call: _Call, chunk_ND: Tensor, rows: slice, parameters: Sequence[Tensor], totals: list[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """As `_of_chunk`. The matrix's gradient is added up by the product itself: no chunk has one of its own."""
+    assert isinstance(call.objective, CrossEntropy), "see `_is_plain`"
+    matrix_VD = call.head.matrix
     logits_NV = call.head.logits(chunk_ND)
-    if isinstance(call.objective, CrossEntropy) and type(logits_NV) is Tensor:  # not a DTensor: the vocabulary is whole
+    values_NV = upcast(logits_NV)  # float32: the same memory
+    loss = call.objective.gradient_(values_NV, rows, call.weight)
+    grad_NV = values_NV.to(logits_NV.dtype)
+    for i, parameter in enumerate(parameters):
+        if parameter is matrix_VD:
+            total = torch.zeros_like(matrix_VD) if totals[i] is None else totals[i]
+            totals[i] = total.addmm_(grad_NV.T, chunk_ND)  # pyrefly: ignore[missing-attribute]
+    return loss, grad_NV @ matrix_VD
+
+
+def _of_chunk(
+    call: _Call, chunk_ND: Tensor, rows: slice, parameters: Sequence[Tensor], totals: list[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """The loss (unweighted sum) of a chunk and the gradient of weight · loss for its rows; the gradients for the
+    parameters join `totals`."""
+    chunk_ND = chunk_ND.requires_grad_()
+    logits_NV = call.head.logits(chunk_ND)
+    if isinstance(call.objective, CrossEntropy) and type(logits_NV) is Tensor:
         values_NV = upcast(logits_NV.detach())  # float32: the same memory, which no backward reads
         loss = call.objective.gradient_(values_NV, rows, call.weight)
         output, grad = logits_NV, values_NV.to(logits_NV.dtype)
@@ -221,7 +248,8 @@ def _of_chunk(
         loss = call.objective(chunk_ND, logits_NV, rows)
         output, grad = loss * call.weight, None
     grad_ND, *grads = torch.autograd.grad(output, (chunk_ND, *parameters), grad, allow_unused=True)
-    return loss.detach(), grad_ND, grads
+    totals[:] = [_add(total, grad) for total, grad in zip(totals, grads, strict=True)]
+    return loss.detach(), grad_ND
 
 
 def _add(total: Tensor | None, grad: Tensor | None) -> Tensor | None:

@@ -24,8 +24,8 @@ from eellm.exits.lm import EarlyExitLM
 from eellm.exits.metrics import PackedBatch
 from eellm.model.layers import RMSNorm, Rows
 from eellm.parallel.mesh import World, new_group
-from eellm.pipeline.run import Watch
 from eellm.pipeline.stage import stage_part
+from eellm.pipeline.watched import Watch
 from eellm.plan.cost import exit_flops, head_flops, layer_flops
 from eellm.schedule.partition import Stage, partition
 

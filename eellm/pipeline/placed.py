@@ -17,14 +17,14 @@ from torch.distributed.tensor import DTensor
 from eellm.config.model import ExitConfig, ModelConfig
 from eellm.config.parallel import ParallelConfig
 from eellm.config.train import LossConfig
-from eellm.errors import ConfigError
 from eellm.model.init import torch_dtype
 from eellm.parallel.apply import parallelize
 from eellm.parallel.gradients import Tied
 from eellm.parallel.mesh import World
 from eellm.parallel.tensor import gather_rows
 from eellm.pipeline.stage import StageModule, canonical_name, shared_names, stage_part
-from eellm.schedule.partition import SINGLE, SPLIT_BACKWARD, V_SHAPED, Stage, partition, stages_of_ranks
+from eellm.plan.layout import plan_stages
+from eellm.schedule.partition import SPLIT_BACKWARD, Stage, stages_of_ranks
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,30 +54,6 @@ class PlacedModel:
     def trainable(self) -> list[nn.Parameter]:
         """What an optimizer steps, each once."""
         return [copy for copies in self.parameters.values() for copy in copies if copy.requires_grad]
-
-
-def plan_stages(model: ModelConfig, parallel: ParallelConfig) -> tuple[Stage, ...]:
-    """The stages of a recipe. Raises ConfigError for ones that can't be."""
-    per_rank = 1 if parallel.schedule in SINGLE else 2 if parallel.schedule in V_SHAPED else parallel.stages_per_rank
-    num_stages = parallel.pp * per_rank if parallel.pp > 1 else 1
-    if parallel.exit_mode != "deferred" and parallel.pp > 1 and parallel.schedule in SPLIT_BACKWARD:
-        raise ConfigError(
-            f"parallel.exit_mode = {parallel.exit_mode!r}: schedule {parallel.schedule} takes the backward for inputs "
-            "and for weights apart, and exits that share a matrix would get wrong gradients; use exit_mode = 'deferred'"
-        )
-    output = model.vocab_size * model.hidden_size
-    attention = model.hidden_size * model.head_size * 2 * (model.num_heads + model.kv_heads)
-    mlp = 3 * model.hidden_size * model.intermediate_size
-    body = {"embed": 0, "norm": 0, "mlp": mlp, "layer": attention + mlp}
-    return partition(
-        model.num_layers,
-        num_stages,
-        model.exit_layers,
-        layers_per_stage=parallel.layers_per_stage,
-        placement=parallel.exit_placement,
-        head_cost=output / (attention + mlp),
-        exit_costs={exit.layer: (output + body[exit.kind]) / (attention + mlp) for exit in model.exits},
-    )
 
 
 def place(

@@ -17,7 +17,9 @@ from eellm.config.parallel import ParallelConfig
 from eellm.exits.loss import nothing
 from eellm.exits.metrics import PackedBatch
 from eellm.parallel.data import mark_last
+from eellm.pipeline.record import recording
 from eellm.pipeline.stage import StageModule, StepLosses
+from eellm.pipeline.watched import Watch, WatchedStage
 from eellm.schedule.partition import SINGLE
 
 SCHEDULES = {
@@ -31,21 +33,11 @@ SCHEDULES = {
 }
 
 
-class Watch(Protocol):
-    """Says what is being done, for whoever names a process that hangs."""
-
-    def __call__(self, action: str, *, waits: bool = False) -> contextlib.AbstractContextManager[Any]:
-        """Within the context this process is in `action`; waits: for others."""
-        ...
-
-
-def unwatched(action: str, *, waits: bool = False) -> contextlib.AbstractContextManager[Any]:
-    """A `Watch` that nobody reads."""
-    return contextlib.nullcontext()
-
-
 class Driver(Protocol):
     """Runs the stages of this process."""
+
+    num_extra: int
+    """Microbatches that a step takes beyond those of the global batch: they fill bubbles."""
 
     def step(self, batch: PackedBatch, losses: StepLosses, keep_BL: Tensor | None = None) -> None:
         """Forward and backward of all microbatches."""
@@ -59,23 +51,25 @@ class Driver(Protocol):
 class Loop:
     """The whole model in one stage; microbatches are gradient accumulation."""
 
+    num_extra = 0
+
     def __init__(self, stage: StageModule, config: ParallelConfig, watch: Watch) -> None:
         self.stage, self.watch, self.is_tensor_parallel = stage, watch, config.tp > 1
         self.num_microbatches = config.num_microbatches or 1
 
     def step(self, batch: PackedBatch, losses: StepLosses, keep_BL: Tensor | None = None) -> None:
         parts = _microbatches(batch, keep_BL, self.num_microbatches)
-        with _loss_context(self.is_tensor_parallel):
+        with loss_context(self.is_tensor_parallel):
             for i, (tokens_BT, others) in enumerate(parts):
                 mark_last(self.stage, is_last=i == len(parts) - 1)
-                with self.watch(f"forward of microbatch {i}"):
+                with self.watch(f"forward of microbatch {i}"), recording(losses.recorder, "F", 0, i):
                     h_BTD = self.stage(tokens_BT, step_losses=losses, **others)
-                with self.watch(f"backward of microbatch {i}"):
+                with self.watch(f"backward of microbatch {i}"), recording(losses.recorder, "B", 0, i):
                     nothing(h_BTD).backward()
 
     @torch.no_grad()
     def evaluate(self, batch: PackedBatch, losses: StepLosses) -> None:
-        with _loss_context(self.is_tensor_parallel):
+        with loss_context(self.is_tensor_parallel):
             for i, (tokens_BT, others) in enumerate(_microbatches(batch, None, self.num_microbatches)):
                 with self.watch(f"evaluation of microbatch {i}"):
                     self.stage(tokens_BT, step_losses=losses, **others)
@@ -84,6 +78,8 @@ class Loop:
 
 class Pipeline:
     """This process's stages under a schedule of torch's."""
+
+    num_extra = 0
 
     def __init__(
         self,
@@ -104,11 +100,9 @@ class Pipeline:
         tokens = torch.empty(num_rows, seq_len, dtype=torch.int64, device="meta")
         h = torch.empty(num_rows, seq_len // config.tp, width, dtype=dtype, device="meta", requires_grad=True)
         parts = [
-            _WatchedStage(
+            self._make_part(
                 module,
-                module.stage.index,
-                module.stage.num_stages,
-                device,
+                device=device,
                 input_args=(tokens if module.stage.is_first else h,),
                 output_args=(h,),
                 group=group,
@@ -117,8 +111,14 @@ class Pipeline:
         ]
         for part in parts:
             part.watch = watch
+        self.schedule: Any = self._make_schedule(parts, config)
+
+    def _make_part(self, module: StageModule, **meta: Any) -> WatchedStage:
+        return WatchedStage(module, module.stage.index, module.stage.num_stages, **meta)
+
+    def _make_schedule(self, parts: list[WatchedStage], config: ParallelConfig) -> Any:
         schedule: Any = SCHEDULES[config.schedule]
-        self.schedule = schedule(
+        return schedule(
             parts[0] if config.schedule in SINGLE else parts,
             config.num_microbatches,
             loss_fn=lambda h_BTD, _: nothing(h_BTD),
@@ -127,13 +127,13 @@ class Pipeline:
 
     def step(self, batch: PackedBatch, losses: StepLosses, keep_BL: Tensor | None = None) -> None:
         args, others = self._inputs(batch, keep_BL)
-        with _loss_context(self.is_tensor_parallel), self.watch("waiting in the pipeline", waits=True):
+        with loss_context(self.is_tensor_parallel), self.watch("waiting in the pipeline", waits=True):
             self.schedule.step(*args, target=batch.labels_BT, return_outputs=False, step_losses=losses, **others)
 
     @torch.no_grad()
     def evaluate(self, batch: PackedBatch, losses: StepLosses) -> None:
         args, others = self._inputs(batch, None)
-        with _loss_context(self.is_tensor_parallel), self.watch("waiting in the pipeline", waits=True):
+        with loss_context(self.is_tensor_parallel), self.watch("waiting in the pipeline", waits=True):
             self.schedule.eval(*args, target=batch.labels_BT, return_outputs=False, step_losses=losses, **others)
         for stage in self.stages:
             _reshard(stage)
@@ -141,28 +141,6 @@ class Pipeline:
     def _inputs(self, batch: PackedBatch, keep_BL: Tensor | None) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         has_first = any(module.stage.is_first for module in self.stages)
         return (batch.tokens_BT,) if has_first else (), _others(batch, keep_BL)
-
-
-class _WatchedStage(pipelining.PipelineStage):
-    """Says which part of which microbatch it computes, and can be evaluated under every schedule."""
-
-    watch: Watch
-
-    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        with self.watch(f"forward of stage {self.stage_index}, microbatch {fwd_chunk_id}"):
-            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
-
-    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        with self.watch(f"backward of stage {self.stage_index}, microbatch {bwd_chunk_id}"):
-            return super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
-
-    # NOTE torch 2.13 hands gradients between the two stages of a V's tip even in `eval`, where there are none
-    def get_local_bwd_output(self, mb_index: int) -> Any:
-        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
-
-    def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
-        if self.has_backward:
-            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 
 
 def _others(batch: PackedBatch, keep_BL: Tensor | None) -> dict[str, Tensor]:
@@ -181,7 +159,7 @@ def _microbatches(
     return [(tokens_BT, {name: value[i] for name, value in others.items()}) for i, tokens_BT in enumerate(tokens)]
 
 
-def _loss_context(is_tensor_parallel: bool) -> contextlib.AbstractContextManager[Any]:
+def loss_context(is_tensor_parallel: bool) -> contextlib.AbstractContextManager[Any]:
     """Cross entropy over a vocabulary in parts, in the forward and in the backward."""
     return loss_parallel() if is_tensor_parallel else contextlib.nullcontext()
 

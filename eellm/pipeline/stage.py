@@ -8,6 +8,7 @@ model. Shapes: B sequences of a microbatch, T rows, D hidden, L layers.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +20,22 @@ from eellm.exits.lm import EarlyExitLM, ExitHead
 from eellm.exits.loss import CrossEntropy, chunked_loss, exit_loss_node
 from eellm.model.layers import Rows
 from eellm.parallel.tensor import local
+from eellm.pipeline.record import Recorder
 from eellm.pipeline.split import Edges, join_at_start
 from eellm.schedule.partition import Stage
 
 
 class StepLosses:
-    """What the stages of one step share: the losses' weights, and where their sums go.
+    """What the stages of one step share: the losses' weights, where their sums go, and who records the step.
 
     NOTE a plain class: FSDP casts what a forward gets, and hands on a copy of a dataclass, a dict or a list.
     """
 
-    def __init__(self, weights: Mapping[int, float]) -> None:
+    def __init__(self, weights: Mapping[int, float], recorder: Recorder | None = None) -> None:
         """weights: by exit layer, the final one included; an exit that is absent takes no part. Each is multiplied
         with the sum of the exit's losses, so it holds the division by the number of targets, and the loss scale."""
         self.weights = weights
+        self.recorder = recorder
         self.reported: list[tuple[int, list[Tensor]]] = []
         """Per forward and exit: the layer, and a cell for the detached sum, which the backward fills."""
 
@@ -45,6 +48,15 @@ class StepLosses:
             values[:] = [value]
 
         return report
+
+    def scaled(self, factor: float, *, is_reported: bool) -> "StepLosses":
+        """For one microbatch: losses whose weights are `factor` times these, none at 0. is_reported: whether its sums
+        count among these."""
+        weights = {layer: weight * factor for layer, weight in self.weights.items() if factor > 0}
+        losses = StepLosses(weights, self.recorder)
+        if is_reported:
+            losses.reported = self.reported
+        return losses
 
     def sums(self) -> dict[int, Tensor]:
         """Sum of the losses at each exit over the step's microbatches on this process, float64 scalars."""
@@ -145,12 +157,14 @@ class StageModule(nn.Module):
             return h_BTD
         is_final = layer == self.model.config.num_layers
         objective = CrossEntropy(labels_N) if is_final else self._objective(labels_N)
-        weight = losses.weights[layer]
-        if self.mode != "deferred":
-            return eager_exit_loss(h_BTD, head, objective, weight=weight, mode=self.mode, report=report)
-        return exit_loss_node(
-            h_BTD, head, objective, weight=weight, chunk_size=self.objective.chunk_size, report=report, edges=edges
-        )
+        what = {"head": head, "objective": objective, "weight": losses.weights[layer], "report": report}
+        if self.mode == "deferred":
+            run = partial(exit_loss_node, **what, chunk_size=self.objective.chunk_size, edges=edges)
+        else:
+            run = partial(eager_exit_loss, **what, mode=self.mode)
+        if losses.recorder is None:
+            return run(h_BTD)
+        return losses.recorder.head(run, h_BTD, is_final=is_final, is_deferred=self.mode == "deferred")
 
     def _objective(self, labels_N: Tensor) -> CrossEntropy:
         config = self.objective

@@ -15,6 +15,8 @@ from eellm.config.train import TrainConfig
 from eellm.errors import RunError
 from eellm.log import log
 from eellm.parallel.mesh import World
+from eellm.pipeline.record import Recorder
+from eellm.schedule.render import check_suffix, write_timeline
 from eellm.train.bad_steps import BadSteps
 from eellm.train.check import resolve
 from eellm.train.metrics import MetricsLog, Row, check_writers
@@ -29,6 +31,8 @@ FREE += (
     "train.evaluate_every",
     "train.peak_tflops",
     "train.max_bad_steps",
+    "train.timeline",
+    "train.timeline_step",
     "train.tensorboard",
     "train.wandb",
     "init_from",
@@ -45,6 +49,8 @@ def train(config: TrainConfig, world: World) -> None:
     if config.init_from is not None:
         config = replace(config, model=merged_model(config.model, config.init_from))
     config = resolve(config)
+    if config.train.timeline is not None:
+        check_suffix(config.train.timeline)
     check_writers(tensorboard=config.train.tensorboard, wandb=config.train.wandb)
     torch.use_deterministic_algorithms(config.train.deterministic)
     watch = Watch(world.store, rank=world.rank, world_size=world.size, timeout_s=config.parallel.timeout_s)
@@ -73,11 +79,11 @@ class _Run:
         options, last = self.config.train, self.config.train.steps
         path = None if self.run_dir is None else self.run_dir.metrics
         metrics_log = MetricsLog(path, num_steps=last, done=done, tensorboard=options.tensorboard, wandb=options.wandb)
-        step = done
+        step, recorded = done, None if options.timeline is None else min(done + options.timeline_step, last)
         with metrics_log as metrics:
             for step in range(done + 1, last + 1):
                 self.watch.step = step
-                row = self._step(step)
+                row = self._recorded_step(step) if step == recorded else self._step(step)
                 if _due(step, options.evaluate_every, last):
                     row |= self.trainer.evaluate()
                 if step % options.log_every == 0 or "val_loss/final" in row:
@@ -93,8 +99,22 @@ class _Run:
             how = "stopped, and can be taken up again," if step < last else "done"
             log.info(f"{options.out_dir}: {how} after step {step} of {last}")
 
-    def _step(self, step: int) -> Row:
-        row, bad_batch = self.trainer.step(step)
+    def _recorded_step(self, step: int) -> Row:
+        """The same, and its timeline is drawn."""
+        recorder = Recorder(self.world, num_microbatches=self.config.parallel.num_microbatches or 1)
+        row = self._step(step, recorder)
+        with self.watch("gathering the timeline", waits=True):
+            timeline = recorder.timeline()
+        path = self.config.train.timeline
+        if timeline is not None and path is not None:
+            try:
+                write_timeline(timeline, path, title=f"{self.config.train.out_dir}: step {step}, measured")
+            except OSError as error:
+                log.warning(f"can't write {path}: {error.strerror or error}; the run goes on without")
+        return row
+
+    def _step(self, step: int, recorder: Recorder | None = None) -> Row:
+        row, bad_batch = self.trainer.step(step, recorder)
         if bad_batch is not None and self.run_dir is not None:
             self.run_dir.save_bad_batch(step, bad_batch.tensors())
         overflow = bad_batch is not None and row["loss"] == row["loss"] and self.trainer.loss_scale.can_shrink

@@ -19,14 +19,15 @@ from eellm.data.loader import Batch
 from eellm.data.stream import open_data
 from eellm.errors import RunError
 from eellm.exits.loss import IGNORE
-from eellm.model.init import torch_dtype
 from eellm.parallel.gradients import scale_gradients, settle_placements, square_sum, sum_tied
 from eellm.parallel.mesh import World
 from eellm.parallel.tensor import check_tensor_parallel
 from eellm.pipeline.placed import place
-from eellm.pipeline.run import Driver, Loop, Pipeline, Watch
+from eellm.pipeline.record import Recorder
 from eellm.pipeline.stage import StepLosses
+from eellm.pipeline.watched import Watch
 from eellm.plan.cost import train_flops_per_token
+from eellm.train.driver import make_driver
 from eellm.train.dropout import keep_mask, layer_dropout_rates
 from eellm.train.memory import peak_memory_mb, reset_peak_memory
 from eellm.train.metrics import Row
@@ -55,42 +56,30 @@ class Trainer:
         self.parameters = self.placed.trainable()
         self.optimizer = make_optimizer(self.parameters, config.optim)
         self.loss_scale = LossScale() if config.train.dtype == "float16" else LossScale.fixed()
-        self.driver = self._driver()
+        self.driver, self.stage_times = make_driver(config, self.placed, world, watch)
         self.layers = (*model.exit_layers, model.num_layers)
         self.flops_per_token = train_flops_per_token(model, config.data.seq_len)
         self.num_tokens = 0
 
-    def _driver(self) -> Driver:
-        config, parallel = self.config, self.config.parallel
-        if parallel.pp == 1:
-            return Loop(self.placed.modules[0], parallel, self.watch)
-        assert parallel.num_microbatches is not None, "the recipe is resolved"
-        num_rows = config.train.global_batch_size // parallel.dp // parallel.num_microbatches
-        dtype = torch_dtype(config.train.dtype)
-        is_cast = dtype.itemsize == 2 and parallel.dp > 1  # by FSDP; autocast leaves the hidden state in float32
-        return Pipeline(
-            self.placed.modules,
-            parallel,
-            self.watch,
-            group=self.world.submesh("pp").get_group(),
-            microbatch=(num_rows, config.data.seq_len),
-            hidden=(config.model.hidden_size, dtype if is_cast or dtype.itemsize > 2 else torch.float32),
-            device=self.world.device,
-        )
+    def step(self, step: int, recorder: Recorder | None = None) -> tuple[Row, Batch | None]:
+        """One optimizer step, numbered from 1. Returns its metrics, and the batch if the step was skipped.
 
-    def step(self, step: int) -> tuple[Row, Batch | None]:
-        """One optimizer step, numbered from 1. Returns its metrics, and the batch if the step was skipped."""
+        recorder: takes down its forward and backward.
+        """
         times = _Times()
         reset_peak_memory(self.world.device)
         with self.watch("loading data"):
             batch = self._take_rows()
             keep_BL = self._keep(step)
-        num_targets = self._count_targets(batch)
+        num_targets = self._count_targets(batch.part(slice(self._rows_each)))  # without those that fill bubbles
         weights = self._weights(step)
         factor = self.loss_scale.scale / max(num_targets, 1)
-        losses = StepLosses({layer: weight * factor for layer, weight in weights.items()})
+        losses = StepLosses({layer: weight * factor for layer, weight in weights.items()}, recorder)
         times.mark("data_s")
         self.optimizer.zero_grad(set_to_none=True)
+        if recorder is not None:
+            with self.watch("meeting the others before a step is recorded", waits=True):
+                recorder.start()
         self.driver.step(batch, losses, keep_BL)
         times.mark("forward_backward_s")
         settle_placements(self.parameters)
@@ -111,9 +100,20 @@ class Trainer:
             row["loss_scale"] = self.loss_scale.scale
         return row | self._speed(times), None if is_finite else batch
 
+    @property
+    def _rows_each(self) -> int:
+        """Rows of the global batch on each data-parallel rank."""
+        return self.config.train.global_batch_size // self.config.parallel.dp
+
+    @property
+    def _rows_taken(self) -> int:
+        """Rows of a step over all data-parallel ranks, with those that fill bubbles."""
+        num_microbatches = self.config.parallel.num_microbatches or 1
+        extra = self._rows_each // num_microbatches * self.driver.num_extra
+        return (self._rows_each + extra) * self.config.parallel.dp
+
     def _take_rows(self) -> Batch:
-        rows = self.config.train.global_batch_size
-        return self.stream.take(rows, self._part(rows)).to(self.world.device)
+        return self.stream.take(self._rows_taken, self._part(self._rows_taken)).to(self.world.device)
 
     def _part(self, num_rows: int) -> slice:
         """This data-parallel rank's rows of a global batch."""
@@ -126,7 +126,7 @@ class Trainer:
         if config.objective.layer_dropout == 0:
             return None
         rates = layer_dropout_rates(config.objective, config.model.num_layers, step, config.train.steps)
-        rows = config.train.global_batch_size
+        rows = self._rows_taken
         mask = keep_mask(rates, num_rows=rows, seed=config.train.seed, step=step)[self._part(rows)]
         return torch.from_numpy(mask).to(self.world.device)
 
@@ -229,13 +229,22 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """The rest of what a checkpoint holds: plain data, alike on all processes."""
-        return {"stream": self.stream.state(), "loss_scale": self.loss_scale.state(), "tokens": self.num_tokens}
+        return {
+            "stream": self.stream.state(),
+            "loss_scale": self.loss_scale.state(),
+            "tokens": self.num_tokens,
+            "stage_times": self.stage_times,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes up `state`. Raises RunError for one of other data."""
         self.stream.restore(state["stream"])
         self.loss_scale.restore(state["loss_scale"])
         self.num_tokens = state["tokens"]
+        times = state.get("stage_times")
+        if self.stage_times is not None and times is not None and len(times) == len(self.stage_times):
+            # the schedule of before, and with it the same rows in each step
+            self.driver, self.stage_times = make_driver(self.config, self.placed, self.world, self.watch, times)
 
 
 class _Times:

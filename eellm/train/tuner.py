@@ -29,9 +29,9 @@ from eellm.parallel.gather import gather_stages
 from eellm.parallel.gradients import scale_gradients, square_sum
 from eellm.parallel.mesh import World, join, new_group
 from eellm.pipeline.frozen import FrozenStage, Passed, frozen_part, plan_frozen_stages
-from eellm.pipeline.run import Watch, unwatched
+from eellm.pipeline.watched import Watch, unwatched
+from eellm.plan.layout import ENOUGH_MICROBATCHES_PER_STAGE
 from eellm.train.build import Source, build_rows, open_source
-from eellm.train.check import ENOUGH_MICROBATCHES_PER_STAGE
 from eellm.train.fit import NUM_SEQUENCES, fit_scale
 from eellm.train.metrics import Row
 from eellm.train.objective import TuningObjective

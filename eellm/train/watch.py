@@ -37,6 +37,8 @@ SILENCE = 1 / 2
 """Share of the timeout for which a rank has no new report when it counts as dead or stopped."""
 NUM_LISTED = 8
 """Ranks that one line spells out."""
+SEE_OFF_S = 5.0
+"""For how long rank 0 waits at the end for the others to be done with the store."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +147,8 @@ class Watch:
             how = "finished" if kind is None else f"ended with {kind.__name__}"
             with suppress(RuntimeError):  # the store may have gone with the rank that held it
                 self._publish(Report(beat=self._beat + 1, action=how, step=self.step, over=True))
+                if self._rank == 0 and kind is None:
+                    self._see_off()
 
     @contextmanager
     def __call__(self, action: str, *, waits: bool = False) -> Iterator[None]:
@@ -155,6 +159,13 @@ class Watch:
             yield
         finally:
             self._now = outer._replace(since=self._clock())
+
+    def _see_off(self) -> None:
+        """Rank 0 serves the store: it stays a moment, so that the others don't talk to nobody."""
+        for _ in range(int(SEE_OFF_S / 0.02)):
+            if all(self._read(rank).over for rank in range(self._world_size)):
+                return
+            time.sleep(0.02)
 
     def look(self) -> None:
         """One round, of many that the thread makes: reports, and when this rank stands still, listens and judges."""

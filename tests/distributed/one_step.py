@@ -23,8 +23,9 @@ from eellm.exits.loss import IGNORE
 from eellm.parallel.gradients import settle_placements, square_sum, sum_tied
 from eellm.parallel.mesh import AXES, World, join
 from eellm.pipeline.placed import PlacedModel, place
-from eellm.pipeline.run import Driver, Loop, Pipeline, unwatched
+from eellm.pipeline.run import Driver, Loop, Pipeline
 from eellm.pipeline.stage import StepLosses
+from eellm.pipeline.watched import unwatched
 from tests.models import tiny_config
 
 NUM_ROWS, SEQ_LEN, VOCAB = 8, 12, 32
@@ -75,13 +76,13 @@ def value(name: str, shape: torch.Size) -> torch.Tensor:
 
 
 @cache
-def batch() -> tuple[Batch, torch.Tensor]:
+def batch(num_rows: int = NUM_ROWS) -> tuple[Batch, torch.Tensor]:
     """The global batch of packed rows, and which row keeps which layer."""
     generator = torch.Generator().manual_seed(5)
-    shape, places_T = (NUM_ROWS, SEQ_LEN), torch.arange(SEQ_LEN)
+    shape, places_T = (num_rows, SEQ_LEN), torch.arange(SEQ_LEN)
     labels_BT = torch.randint(VOCAB, shape, generator=generator)
     labels_BT[torch.rand(shape, generator=generator) < 0.2] = IGNORE
-    cuts_B1 = torch.randint(2, SEQ_LEN, (NUM_ROWS, 1), generator=generator)
+    cuts_B1 = torch.randint(2, SEQ_LEN, (num_rows, 1), generator=generator)
     documents_BT = (places_T >= cuts_B1).long()
     rows = Batch(
         tokens_BT=torch.randint(VOCAB, shape, generator=generator),
@@ -90,7 +91,7 @@ def batch() -> tuple[Batch, torch.Tensor]:
         documents_BT=documents_BT,
         is_packed=True,
     )
-    return rows, torch.rand(NUM_ROWS, SIZES["num_layers"], generator=generator) > 0.3
+    return rows, torch.rand(num_rows, SIZES["num_layers"], generator=generator) > 0.3
 
 
 def weights_of(model: eellm.ModelConfig) -> dict[int, float]:
@@ -195,12 +196,12 @@ def _errors(step: Step, placed: PlacedModel) -> dict[str, float]:
     for name, copies in placed.parameters.items():
         for copy in copies:
             if copy.grad is not None:
-                error = (_stepped(copy) - expected[name]).abs().max().item()
+                error = (stepped_gradient(copy) - expected[name]).abs().max().item()
                 errors[name] = max(errors.get(name, 0.0), error)
     return errors
 
 
-def _stepped(parameter: torch.nn.Parameter) -> torch.Tensor:
+def stepped_gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
     """The gradient that an optimizer would step with, whole: what each process holds, where its parameter is."""
     if not isinstance(parameter, DTensor):
         return parameter.grad

@@ -16,7 +16,7 @@ from eellm.config.parallel import ParallelConfig
 from eellm.config.train import TrainConfig
 from eellm.parallel.mesh import join
 from eellm.parallel.tensor import local
-from eellm.pipeline.run import unwatched
+from eellm.pipeline.watched import unwatched
 from eellm.train.check import resolve
 from eellm.train.scale import LossScale
 from eellm.train.trainer import Trainer

@@ -11,7 +11,7 @@ from eellm.config.train import TrainConfig
 from eellm.errors import ConfigError
 from eellm.parallel.mesh import check_world_size
 from eellm.parallel.tensor import check_tensor_parallel
-from eellm.pipeline.placed import plan_stages
+from eellm.plan.layout import plan_stages
 from eellm.train.check import resolve
 from tests.models import tiny_config
 

@@ -13,6 +13,7 @@ import pytest
 
 import eellm
 from eellm.cli.main import VERBS
+from eellm.config.plan import PlanConfig
 from eellm.config.train import TrainConfig
 from eellm.config.tune import TuneConfig
 
@@ -56,7 +57,7 @@ OPTIONS = {
         data.seq-len
         train.out-dir train.steps train.global-batch-size train.seed train.dtype train.device train.deterministic
         train.peak-tflops train.log-every train.evaluate-every train.resume train.max-bad-steps train.tensorboard
-        train.wandb
+        train.timeline train.timeline-step train.wandb
         init-from
         objective.exit-weights objective.weight-schedule objective.initial-weights objective.weight-warmup-steps
         objective.curriculum objective.curriculum-period objective.temperature objective.confidence-weighting
@@ -64,6 +65,10 @@ OPTIONS = {
         {optim}
         {parallel}
         checkpoint.every checkpoint.keep
+    """,
+    "plan": """
+        hardware search devices memory-limit-gb timeline json paper-table calibrate
+        decode.exits decode.pp decode.tp decode.batch-size decode.context decode.seed
     """,
 }
 OPTIM = """
@@ -75,7 +80,7 @@ PARALLEL = """
     parallel.stages-per-rank parallel.layers-per-stage parallel.exit-placement parallel.exit-mode parallel.recompute
     parallel.compile parallel.timeout-s
 """
-RECIPES = {"tune": TuneConfig, "train": TrainConfig}
+RECIPES = {"tune": TuneConfig, "train": TrainConfig, "plan": PlanConfig}
 
 
 LIGHT = """
@@ -83,8 +88,11 @@ LIGHT = """
     eellm.config.optim eellm.config.parallel eellm.config.train eellm.config.tune
     eellm.text.bytes eellm.text.chat eellm.text.stream eellm.text.tokenizer
     eellm.data.prepare eellm.data.sources eellm.cli.main eellm.cli.options
-    eellm.schedule.partition eellm.plan.cost eellm.train.check eellm.train.weights eellm.train.dropout
+    eellm.train.check eellm.train.weights eellm.train.dropout eellm.cli.plan eellm.config.plan
 """
+LIGHT += " ".join(
+    f"eellm.{layer}.{path.stem}" for layer in ("schedule", "plan") for path in (ROOT / "eellm" / layer).glob("[!_]*.py")
+)
 
 
 def options_of(cls, prefix=""):
