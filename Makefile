@@ -43,7 +43,7 @@ bench: $(STAMP)
 
 english: $(STAMP)
 	$(BIN)/python examples/english_text.py
-	$(BIN)/eellm prepare --input english/text.jsonl --train-tokenizer 2048 --out english/data
+	$(BIN)/eellm prepare --input english/text.jsonl --train-tokenizer 4096 --out english/data
 	$(BIN)/eellm prepare --input english/validation.jsonl --tokenizer english/data --out english/validation
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2 -m eellm train recipes/english.toml
 	$(BIN)/eellm export runs/english english/model --dtype float16

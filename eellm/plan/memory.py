@@ -11,7 +11,6 @@ Sequence parallelism divides what is kept by tp, all but the gathered inputs of 
 are taken to be cut as matrices are.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -65,6 +64,9 @@ class Precision:
     """The hidden state between layers."""
     is_autocast: bool
     """Whether weights and inputs are cast at each product."""
+    adds_in_product: bool
+    """Whether a deferred head's matrix adds its chunks' gradients up in the product (see `eellm.exits.loss`): where it
+    is whole and nothing is cast."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +103,13 @@ def precision(dtype: Dtype, parallel: ParallelConfig) -> Precision:
     """How a run computes in `dtype`: FSDP casts whole modules, autocast each product."""
     product, wide = ITEMSIZE[dtype], max(4, ITEMSIZE[dtype])
     is_autocast = product == 2 and parallel.dp == 1
-    return Precision(wide=wide, product=product, hidden=wide if is_autocast else product, is_autocast=is_autocast)
+    return Precision(
+        wide=wide,
+        product=product,
+        hidden=wide if is_autocast else product,
+        is_autocast=is_autocast,
+        adds_in_product=parallel.tp == 1 and not is_autocast,
+    )
 
 
 def stage_memory(model: ModelConfig, stage: Stage, parallel: ParallelConfig, microbatch: Microbatch) -> StageMemory:
@@ -264,7 +272,7 @@ def _head_working_bytes(
     per_logit = number.wide + 2 * number.product * is_cast  # in place, but for the cast ones of the product
     if parallel.tp > 1:  # cut by vocabulary: autograd makes log-probabilities and their gradient
         per_logit += 2 * number.wide
-    num_gradients = min(math.ceil(num_tokens / num_rows), 3)  # the sum, a chunk's, and still the one before
+    num_gradients = 1 if number.adds_in_product or num_rows == num_tokens else 2  # the sum, and a chunk's
     body = exit_parameters(model, exit) / parallel.tp - matrix * (exit.head == "own")
     gradients = number.hidden * (num_gradients * matrix + body) + cast
     return num_rows * num_logits * per_logit + num_tokens * (way + 2 * number.hidden * model.hidden_size) + gradients
@@ -273,9 +281,8 @@ def _head_working_bytes(
 def _layer_working_bytes(
     model: ModelConfig, parallel: ParallelConfig, microbatch: Microbatch, number: Precision
 ) -> float:
-    """Gradients of the MLP's inside and of the hidden state; with recomputation, the layer that is computed again."""
-    inner = 3 * number.product * model.intermediate_size + 2 * number.hidden * model.hidden_size
-    again = 0.0
-    if parallel.recompute != "none":
-        again = _layer_bytes(model, microbatch, number, parallel.tp)
+    """Gradients of the MLP's inside and of the hidden state, and what was dropped and is computed again."""
+    inner = 2 * number.product * model.intermediate_size + 2 * number.hidden * model.hidden_size
+    kept = layer_bytes_per_token(model, parallel, microbatch)
+    again = _layer_bytes(model, microbatch, number, parallel.tp) - kept
     return microbatch.num_tokens * (inner / parallel.tp + again)

@@ -48,9 +48,10 @@ def traffic(parallel: ParallelConfig, microbatch: Microbatch) -> Traffic:
     else:  # division and its gradient, log-softmax, its gradient and that of the choice
         logit_passes, num_chunks = 11, 1
     added = number.hidden + 2 * number.wide  # read; read and written
+    of_chunk = (2 if number.adds_in_product else 3) * number.hidden  # the sum read and written, and what is added
     return Traffic(
         logit_bytes=logit_passes * number.wide + cast,
-        matrix_bytes=added + 3 * number.hidden * (num_chunks - 1),
+        matrix_bytes=added + of_chunk * (num_chunks - 1),
         embedding_bytes=added + number.hidden,  # it is zeroed first
     )
 

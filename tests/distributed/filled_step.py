@@ -11,13 +11,14 @@ import torch.nn.functional as F
 
 import eellm
 from eellm.config.parallel import ParallelConfig
-from eellm.config.train import LossConfig
+from eellm.config.train import LossConfig, TrainConfig
 from eellm.data.loader import Batch
 from eellm.exits.loss import IGNORE
 from eellm.parallel.gradients import settle_placements
 from eellm.parallel.mesh import join
 from eellm.pipeline.filled import FilledPipeline
 from eellm.pipeline.placed import place
+from eellm.pipeline.record import Recorder
 from eellm.pipeline.stage import StepLosses
 from eellm.pipeline.watched import unwatched
 from eellm.plan.layout import plan_stages
@@ -26,6 +27,8 @@ from eellm.schedule.action import Schedule, Work
 from eellm.schedule.fill import fill_scales, is_part_1
 from eellm.schedule.generate import make_schedule
 from eellm.schedule.partition import Stage
+from eellm.schedule.timeline import Timeline
+from eellm.train.trainer import Trainer
 from tests.distributed.one_step import SEQ_LEN, batch, stepped_gradient, value, weights_of, whole_model
 
 
@@ -95,6 +98,36 @@ def _run(step: FilledStep) -> FilledOutcome:
     }
     found = ({n: float(x) / parallel.tp for n, x in each.sums().items()} for each in (losses, evaluated))
     return FilledOutcome(errors, *found)
+
+
+@dataclass(frozen=True)
+class FilledRun:
+    """What three optimizer steps show, after times were given with which extras fit."""
+
+    measured: list[tuple[float, float]] | None
+    num_extra: int
+    before: dict[str, float]
+    """Validation losses before the first step."""
+    rows: list[dict[str, float]]
+    num_rows_taken: int
+    """Of the training data."""
+    timeline: Timeline | None
+    """Of the second step, on rank 0."""
+
+
+def run_recipe(config: TrainConfig) -> FilledRun:
+    """On each rank."""
+    world = join(config.parallel)
+    trainer = Trainer(config, world, unwatched)
+    measured = trainer.stage_times
+    trainer.restore(trainer.state() | {"stage_times": [[1.0, 2.0]] * config.parallel.pp})
+    before, rows = trainer.evaluate(), []
+    recorder = Recorder(world, num_microbatches=config.parallel.num_microbatches)
+    for n in (1, 2, 3):
+        row, _ = trainer.step(n, recorder if n == 2 else None)
+        rows.append({key: x for key, x in row.items() if "loss" in key or key == "grad_norm"})
+    (place,) = trainer.stream.state()["places"]
+    return FilledRun(measured, trainer.driver.num_extra, before, rows, place["row"], recorder.timeline())
 
 
 def part_of(step: FilledStep, dp_index: int) -> Batch:

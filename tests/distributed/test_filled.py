@@ -1,10 +1,16 @@
 """Microbatches that fill bubbles: gradients equal a single process's that computes the same partial losses."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from eellm import ExitConfig
+from eellm.config.load import from_toml
 from eellm.config.parallel import ParallelConfig
-from tests.distributed.filled_step import FilledStep, found_differences, run_filled_steps
+from eellm.config.train import TrainConfig
+from eellm.train.check import resolve
+from tests.distributed.filled_step import FilledStep, found_differences, run_filled_steps, run_recipe
 from tests.distributed.one_step import SIZES
 from tests.models import tiny_config
 from tests.ranks import run_on_ranks
@@ -45,3 +51,42 @@ def test_two_stages_have_no_room_and_run_1f1b():
 def test_a_missing_factor_is_noticed():
     (found,) = differences_of(4, [filled_step([2], pp=4, num_microbatches=4, mistake="gradients aren't scaled")])
     assert any("gradient of decoder.layers.8" in entry for entry in found)
+
+
+def recipe(*, head="own", **parallel):
+    config = from_toml(TrainConfig, Path(__file__).parents[2] / "recipes" / "debug.toml")
+    exits = tuple(replace(exit, head=head, norm="own") for exit in config.model.exits)
+    return resolve(
+        replace(
+            config,
+            model=replace(config.model, exits=exits, tie_embeddings=False),
+            data=replace(config.data, seq_len=16, validation_rows=5),
+            train=replace(config.train, global_batch_size=8, steps=3),
+            parallel=ParallelConfig(pp=4, num_microbatches=8, **parallel),
+        )
+    )
+
+
+def test_a_run_takes_more_rows_and_reports_the_regular_ones():
+    filled, *_ = run_on_ranks(4, run_recipe, recipe(schedule="filled_1f1b"), timeout_s=280)
+    plain, *_ = run_on_ranks(4, run_recipe, recipe(schedule="1f1b"), timeout_s=280)
+    assert plain.measured is None
+    assert all(forward > 0 and backward > 0 for forward, backward in filled.measured)
+    assert (filled.num_extra, plain.num_extra) == (4, 0)
+    assert (filled.num_rows_taken, plain.num_rows_taken) == (3 * (8 + 4), 3 * 8)
+    assert filled.before == pytest.approx(plain.before, rel=1e-6)
+    first, expected = filled.rows[0], plain.rows[0]  # of the same weights and rows
+    assert {key: x for key, x in first.items() if key != "grad_norm"} == pytest.approx(
+        {key: x for key, x in expected.items() if key != "grad_norm"}, rel=1e-6
+    )
+    assert first["grad_norm"] != pytest.approx(expected["grad_norm"], rel=1e-6)
+    extras = {(span.microbatch, span.rank) for span in filled.timeline.spans if span.is_extra}
+    assert {microbatch for microbatch, _ in extras} == {8, 9, 10, 11}
+    assert {rank for _, rank in extras} == {0, 1, 2, 3}
+
+
+def test_matrices_that_stages_share_are_refused():
+    with pytest.raises(
+        AssertionError, match=r"ConfigError: parallel.schedule = 'filled_1f1b': stages .* share .* or 1f1b"
+    ):
+        run_on_ranks(4, run_recipe, recipe(head="tied", schedule="filled_1f1b"), timeout_s=280)

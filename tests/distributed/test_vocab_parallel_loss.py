@@ -38,7 +38,9 @@ def run_node(logits, weight, options):
     x_BTD, _, labels_N = world()
     x_BTD.requires_grad_()
     weight.requires_grad_()
-    head = ExitHead(hidden=lambda h_BTD: h_BTD, logits=lambda z_ND: logits(z_ND, weight), matrix=weight, parameters=(weight,))
+    head = ExitHead(
+        hidden=lambda h_BTD: h_BTD, logits=lambda z_ND: logits(z_ND, weight), matrix=weight, parameters=(weight,)
+    )
     reports = []
     y = exit_loss_node(
         x_BTD,
