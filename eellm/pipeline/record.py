@@ -4,20 +4,25 @@
 
 A head runs inside a forward or a backward and cuts its span in two: spans of a rank never overlap. Where it runs in the
 backward, hooks on the hidden state in front of it and behind it say when: they see the same gradients and change none.
-Waiting for other ranks is in no span. Time is counted from a barrier at the step's start, on each process's own clock:
-what tells the ranks' clocks apart is how unevenly they leave the barrier. On a GPU, the device is waited for at both
-ends of each span, so a recorded step is slower than others.
+Waiting for other ranks is in no span. Each process reads its own clock; all meet at a few barriers at the step's start
+and note when, and the median difference of these times puts the ranks on one clock. One barrier would not do: a process
+may wait for its turn on a busy machine before it can look. On a GPU, the device is waited for at both ends of each span,
+so a recorded step is slower than others.
 """
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from statistics import median
 
 import torch
 from torch import Tensor
 
 from eellm.parallel.mesh import World
 from eellm.schedule.timeline import Letter, Span, Timeline
+
+NUM_MEETINGS = 9
+"""Barriers at the start of a recorded step."""
 
 
 class Recorder:
@@ -27,15 +32,18 @@ class Recorder:
         """num_microbatches: regular ones; those numbered on from them fill bubbles."""
         self._world, self._num_microbatches, self._clock = world, num_microbatches, clock
         self._rank = world.index("pp")
-        self._zero_s = self._since_s = 0.0
+        self._since_s = 0.0
+        self._met_s: list[float] = []
+        """When this process left each barrier."""
         self._open: list[tuple[Letter, int, int]] = []
         """Letter, stage and microbatch of what runs, and of what that is part of."""
         self._spans: list[Span] = []
 
     def start(self) -> None:
-        """Meets all processes: here time begins."""
-        self._world.sum(torch.zeros((), device=self._world.device)).item()  # NOTE `item` waits for a GPU
-        self._zero_s = self._clock()
+        """Meets all processes; called right before the step."""
+        for _ in range(NUM_MEETINGS):
+            self._world.sum(torch.zeros((), device=self._world.device)).item()  # NOTE `item` waits for a GPU
+            self._met_s.append(self._clock())
 
     @contextlib.contextmanager
     def work(self, letter: Letter, stage: int, microbatch: int) -> Iterator[None]:
@@ -67,13 +75,16 @@ class Recorder:
         """The pipeline of the first data- and tensor-parallel ranks, on rank 0; nothing elsewhere. All processes call
         this, after the step. The first span starts at 0."""
         is_drawn = self._world.dp_index == 0 and self._world.index("tp") == 0
-        gathered = self._world.gather(self._spans if is_drawn else [])
+        gathered = self._world.gather((self._met_s, self._spans if is_drawn else []))
         if not self._world.is_main:
             return None
-        spans = sorted((span for spans in gathered for span in spans), key=lambda span: (span.rank, span.start_s))
+        spans: list[Span] = []
+        for met_s, theirs in gathered:
+            ahead_s = median(there - here for there, here in zip(met_s, self._met_s, strict=True))
+            spans += [_earlier(span, ahead_s) for span in theirs]
+        spans.sort(key=lambda span: (span.rank, span.start_s))
         first_s = min((span.start_s for span in spans), default=0.0)
-        moved = (span._replace(start_s=span.start_s - first_s, end_s=span.end_s - first_s) for span in spans)
-        return Timeline(num_ranks=self._world.axis_size("pp"), spans=tuple(moved))
+        return Timeline(num_ranks=self._world.axis_size("pp"), spans=tuple(_earlier(span, first_s) for span in spans))
 
     def _enter(self, letter: Letter) -> None:
         assert self._open, "heads run as part of the work"
@@ -91,12 +102,16 @@ class Recorder:
         """Ends the span that runs, if there is one; the next begins."""
         if self._world.device.type == "cuda":
             torch.cuda.synchronize(self._world.device)
-        now_s = self._clock() - self._zero_s
+        now_s = self._clock()
         if self._open:
             letter, stage, microbatch = self._open[-1]
             is_extra = microbatch >= self._num_microbatches
             self._spans.append(Span(self._rank, stage, microbatch, letter, self._since_s, now_s, is_extra))
         self._since_s = now_s
+
+
+def _earlier(span: Span, seconds: float) -> Span:
+    return span._replace(start_s=span.start_s - seconds, end_s=span.end_s - seconds)
 
 
 def recording(

@@ -41,17 +41,17 @@ class StageCost:
         deferred, again = self.exit_mode == "deferred", self.exit_mode == "checkpoint"
         parts: list[tuple[Letter, float]]
         if action.kind == "F":
-            parts = [("F", self.forward_s)]
-            if not deferred:
-                parts += [("E", self.exit_forward_s), ("H", self.final_forward_s)]
+            heads = not deferred
+            parts = [("F", self.forward_s), ("E", self.exit_forward_s * heads), ("H", self.final_forward_s * heads)]
         elif action.kind == "W":
             parts = [("W", self.weight_s)]
         else:
             once_more = deferred or again
             final = self.final_backward_s + self.final_forward_s * once_more
             exits = self.exit_backward_s + self.exit_forward_s * once_more
+            layers = self.input_s + self.weight_s * (action.kind == "B")
             parts = [("H" if deferred else "h", final), ("D" if deferred else "e", exits)]
-            parts += [("I", self.input_s)] if action.kind == "I" else [("B", self.input_s + self.weight_s)]
+            parts.append(("B" if action.kind == "B" else "I", layers))
         return [(letter, seconds) for letter, seconds in parts if seconds > 0]
 
     def seconds(self, action: Action) -> float:
