@@ -6,8 +6,8 @@ A head runs inside a forward or a backward and cuts its span in two: spans of a 
 backward, hooks on the hidden state in front of it and behind it say when: they see the same gradients and change none.
 Waiting for other ranks is in no span. Each process reads its own clock; all meet at a few barriers at the step's start
 and note when, and the median difference of these times puts the ranks on one clock. One barrier would not do: a process
-may wait for its turn on a busy machine before it can look. On a GPU, the device is waited for at both ends of each span,
-so a recorded step is slower than others.
+may wait for its turn on a busy machine before it can look. On a GPU, both ends of each span wait for the device, so a
+recorded step is slower than others.
 """
 
 import contextlib

@@ -133,16 +133,6 @@ def test_heads_are_where_their_exits_are(runs):
         assert times_run(timelines["zbv"], "D", stage) == [1] * 4
 
 
-def test_a_stage_does_nothing_before_what_it_needs_is_there(runs):
-    """Ranks share one clock."""
-    (_, timeline), _ = runs[0]["1f1b"]
-    ends = {(s.letter, s.rank, s.microbatch): s.end_s for s in timeline.spans}
-    for microbatch in range(4):
-        starts = {(s.letter, s.rank): s.start_s for s in reversed(timeline.spans) if s.microbatch == microbatch}
-        assert starts["F", 1] >= ends["F", 0, microbatch]
-        assert starts["D", 0] >= ends["B", 1, microbatch]
-
-
 def test_a_run_draws_the_last_step_where_it_is_shorter(runs, out_dir):
     assert runs
     trace = json.loads((out_dir / "step.json").read_text())

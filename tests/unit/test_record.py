@@ -52,13 +52,14 @@ def test_two_heads_are_two_pieces(recorder):
     assert [letter for letter, *_ in pieces(recorder)] == ["F", "B", "H", "B", "D", "B"]
 
 
-def test_a_gradient_that_passes_again_without_its_head_is_part_of_the_work(recorder):
+def test_a_gradient_that_passes_again_without_its_head_leaves_the_work_as_it_is(recorder):
     with recording(recorder, "F", 0, 0):
         x = torch.ones(1, requires_grad=True) * 3
         recorder.head(lambda h: h * 2, x, is_final=False, is_deferred=True)
     with recording(recorder, "W", 0, 0):
         x.backward()
-    assert [letter for letter, *_ in pieces(recorder)] == ["F", "W"]
+        recorder._clock()
+    assert pieces(recorder) == [("F", 0, 0, 0, 1), ("W", 0, 0, 2, 4)]
 
 
 def test_microbatches_beyond_the_regular_ones_fill_bubbles(recorder):
@@ -73,6 +74,30 @@ def test_time_begins_with_the_first_span(recorder):
     with recording(recorder, "F", 0, 0):
         pass
     assert pieces(recorder) == [("F", 0, 0, 0, 1)]
+
+
+class Pair(World):
+    """This process, and one whose clock is 100 ahead of ours and which looked late at two of the barriers."""
+
+    def axis_size(self, axis):
+        return 2
+
+    def gather(self, value):
+        met_s, spans = value
+        late = [t + 100 + 7 * (i in (0, 5)) for i, t in enumerate(met_s)]
+        return [
+            value,
+            (late, [span._replace(rank=1, start_s=span.end_s + 100, end_s=span.end_s + 101) for span in spans]),
+        ]
+
+
+def test_ranks_are_put_on_one_clock_also_where_one_looked_late():
+    ticks = count()
+    recorder = Recorder(Pair(), num_microbatches=1, clock=lambda: float(next(ticks)))
+    recorder.start()
+    with recording(recorder, "F", 0, 0):
+        pass
+    assert [(s.rank, s.start_s, s.end_s) for s in recorder.timeline().spans] == [(0, 0, 1), (1, 1, 2)]
 
 
 def test_without_a_recorder_nothing_is_taken_down():
