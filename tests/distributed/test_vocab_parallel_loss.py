@@ -33,13 +33,17 @@ def world():
     return x_BTD, weight_VD, labels_N
 
 
-def run_node(logits, weight, options):
-    """The loss, and its gradients for hidden states and `weight`, by the node's own backward."""
+def run_node(logits, weight, options, matrix=None):
+    """The loss, and its gradients for hidden states and `weight`, by the node's own backward. matrix: the whole one,
+    where `weight` is a part."""
     x_BTD, _, labels_N = world()
     x_BTD.requires_grad_()
     weight.requires_grad_()
     head = ExitHead(
-        hidden=lambda h_BTD: h_BTD, logits=lambda z_ND: logits(z_ND, weight), matrix=weight, parameters=(weight,)
+        hidden=lambda h_BTD: h_BTD,
+        logits=lambda z_ND: logits(z_ND, weight),
+        matrix=weight if matrix is None else matrix,
+        parameters=(weight,),
     )
     reports = []
     y = exit_loss_node(
@@ -63,7 +67,8 @@ def run_sharded(options):
         return DTensor.from_local(F.linear(z_ND, weight), mesh, [Shard(-1)])
 
     with loss_parallel(), CommDebugMode() as communication:
-        loss, grad_x, grad_shard = run_node(logits, shard, options)
+        matrix = DTensor.from_local(shard, mesh, [Shard(0)])
+        loss, grad_x, grad_shard = run_node(logits, shard, options, matrix)
     assert isinstance(loss, DTensor)
     kinds = {str(kind).rsplit(".", 1)[-1] for kind in communication.get_comm_counts()}
     return float(loss.full_tensor()), grad_x.numpy(), grad_shard.numpy(), kinds
