@@ -8,14 +8,15 @@ from typing import Any
 
 _HOMES = {
     "EarlyExitLM": "eellm.exits.lm",
+    "Engine": "eellm.infer.engine",
     "EellmError": "eellm.errors",
     "ExitConfig": "eellm.config.model",
     "GenerateConfig": "eellm.config.infer",
-    "Generation": "eellm.infer.engine",
+    "Generation": "eellm.infer.result",
     "ModelConfig": "eellm.config.model",
     "RopeConfig": "eellm.config.model",
     "Sampling": "eellm.config.infer",
-    "Token": "eellm.infer.engine",
+    "Token": "eellm.infer.result",
     "add_exits": "eellm.exits.lm",
     "build": "eellm.exits.lm",
     "generate": "eellm.infer.engine",

@@ -39,7 +39,7 @@ def assert_same_model(found, expected):
     logits = [model(TOKENS) for model in (found, expected)]
     assert logits[0].keys() == logits[1].keys()
     assert all(torch.equal(logits[0][layer], logits[1][layer]) for layer in logits[0])
-    rows = expected.decoder.rows(0, TOKENS.shape[1])
+    rows = expected.decoder.rows(TOKENS.shape[1])
     for layer, hidden in expected.hiddens(TOKENS, rows):
         if layer in expected.config.exit_layers and expected.exit(layer).gate is not None:
             z = expected.normed(layer, hidden, rows)

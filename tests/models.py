@@ -60,6 +60,6 @@ def _score(model, context, layer, logits, policy):
         return float(SCORES[policy](logits))
     if layer == model.config.num_layers:
         return 1.0
-    rows = model.decoder.rows(0, context.shape[1])
+    rows = model.decoder.rows(context.shape[1])
     hidden = dict(model.hiddens(context, rows))[layer]
     return float(model.exit(layer).gate(model.normed(layer, hidden, rows)[0, -1]).float().sigmoid())

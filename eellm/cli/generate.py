@@ -15,7 +15,8 @@ from eellm.config.infer import GenerateConfig, Method, PolicyName, Sampling
 from eellm.errors import RequestError
 
 if TYPE_CHECKING:
-    from eellm.infer.engine import Run, Token
+    from eellm.infer.engine import Handle
+    from eellm.infer.result import Token
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Options:
     """Every token through every layer, or each leaving at the first exit that is sure enough."""
     policy: PolicyName = "max_prob"
     """The score in [0, 1] that says how sure an exit is."""
-    threshold: Thresholds = 0.8
-    """An exit is taken at a score of at least this; 1 or more turns exits off."""
+    threshold: Thresholds = None
+    """An exit is taken at a score of at least this; 1 or more turns exits off. Default: 0.8, and 0.4 for drafts."""
     exits: Layers = None
     """Layers of the exits in use. Default: all."""
     max_deferred: int = 16
@@ -85,7 +86,7 @@ def main(args: list[str]) -> None:
     err.print(legend(run.exits, num_layers), summary(run.stats()), sep="\n", highlight=False)
 
 
-def as_json(run: "Run", tokens: list["Token"]) -> dict[str, Any]:
+def as_json(run: "Handle", tokens: list["Token"]) -> dict[str, Any]:
     """The contract of `--json`: text, tokens, stats."""
     return {
         "text": "".join(token.text for token in tokens),

@@ -91,7 +91,9 @@ def _layers(words: list[str]) -> tuple[int, ...] | None:
     return None if words[0] == "all" else tuple(int(word) for word in words[0].split(","))
 
 
-def _threshold(words: list[str]) -> float | dict[int, float]:
+def _threshold(words: list[str]) -> float | dict[int, float] | None:
+    if words[0] == "default":
+        return None
     if "=" not in words[0]:
         return float(words[0])
     pairs = (word.split("=") for word in words[0].split(","))
@@ -111,13 +113,13 @@ Layers = Annotated[
 """Layer numbers, separated by commas."""
 
 Thresholds = Annotated[
-    float | dict[int, float],
+    float | dict[int, float] | None,
     PrimitiveConstructorSpec(
         nargs=1,
         metavar="0.8|10=0.7,20=0.9",
         instance_from_str=_threshold,
-        is_instance=lambda value: isinstance(value, float | dict),
-        str_from_instance=lambda value: [str(value)],
+        is_instance=lambda value: value is None or isinstance(value, float | dict),
+        str_from_instance=lambda value: ["default" if value is None else str(value)],
     ),
 ]
 """One threshold, or one per exit layer."""

@@ -11,7 +11,7 @@ from rich.text import Text
 from eellm.exits.palette import colour
 
 if TYPE_CHECKING:
-    from eellm.infer.engine import Stats
+    from eellm.infer.result import Stats
 
 
 def show_token(console: Console, text: str, layer: int, num_layers: int) -> None:

@@ -9,9 +9,11 @@ from typing import Literal
 from eellm.config.check import check_at_least, check_fraction, check_literals, check_numbers
 from eellm.errors import ConfigError
 
-Method = Literal["full", "early"]
+Method = Literal["full", "early", "speculative", "pipelined", "auto"]
 PolicyName = Literal["max_prob", "margin", "entropy", "gate"]
 Threshold = float | Mapping[int, float]
+EXIT_THRESHOLD = 0.8
+DRAFT_THRESHOLD = 0.4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +52,25 @@ class GenerateConfig:
     max_new_tokens: int = 64
     """Upper bound on the tokens generated."""
     method: Method = "early"
-    """`full`: every token through every layer. `early`: each token leaves at the first exit that is sure enough."""
+    """`full`: every token through every layer. `early`: each token leaves at the first exit that is sure enough.
+    `speculative`: exits draft, the final exit judges; the tokens are those of `full`. `pipelined`: `early` over several
+    workers. `auto`: the fastest as measured, among the lossless ones unless a threshold is given."""
     policy: PolicyName = "max_prob"
     """The score in [0, 1] that says how sure an exit is."""
-    threshold: Threshold = 0.8
-    """An exit is taken at a score of at least this; 1 or more turns exits off. One number, or one per exit layer."""
+    threshold: Threshold | None = None
+    """An exit is taken at a score of at least this; 1 or more turns exits off. One number, or one per exit layer. Under
+    `speculative` it is the score below which drafting stops. Unset: 0.8, and 0.4 for drafts."""
     exits: tuple[int, ...] | None = None
     """Layers of the exits in use; unset, all that the model has (or that `threshold` names)."""
     max_deferred: int = 16
     """Most rows that may wait for their deeper layers before one pass through the full depth is forced."""
+    max_draft: int = 8
+    """Under `speculative`, most tokens that are drafted before they are judged; how many is chosen as it goes."""
+    lookup: bool = True
+    """Under `speculative`, draft what followed the same words earlier, where there are any."""
+    typical: float = 0.0
+    """Under `speculative`, above 0: a draft is also right if its final probability is at least this share of the
+    likeliest one's. Faster, and no longer lossless."""
     sampling: Sampling = Sampling()
     """How tokens are drawn."""
     stop: tuple[str, ...] = ()
@@ -68,9 +80,11 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         check_literals(self)
-        check_at_least(self, 1, "max_new_tokens", "max_deferred")
-        for value in self.threshold.values() if isinstance(self.threshold, Mapping) else (self.threshold,):
-            _check_threshold(value)
+        check_at_least(self, 1, "max_new_tokens", "max_deferred", "max_draft")
+        check_fraction(self, "typical")
+        if self.threshold is not None:
+            for value in self.threshold.values() if isinstance(self.threshold, Mapping) else (self.threshold,):
+                _check_threshold(value)
         if isinstance(self.stop, str) or not all(isinstance(text, str) for text in self.stop):
             raise ConfigError(f"stop = {self.stop!r}: must be a tuple of strings")
         if "" in self.stop:
@@ -88,6 +102,8 @@ def thresholds_by_layer(options: GenerateConfig, exit_layers: tuple[int, ...]) -
     Raises ConfigError for a layer that has no exit.
     """
     threshold = options.threshold
+    if threshold is None:
+        threshold = DRAFT_THRESHOLD if options.method in ("speculative", "auto") else EXIT_THRESHOLD
     named = options.exits
     if named is None:
         named = tuple(threshold) if isinstance(threshold, Mapping) else exit_layers

@@ -21,8 +21,9 @@ from eellm.errors import ConfigError
 from eellm.evaluate.perplexity import finite, num_text_tokens
 from eellm.exits.lm import EarlyExitLM
 from eellm.exits.metrics import ExitTable, PolicyPoint
-from eellm.infer.engine import Stats, stream
+from eellm.infer.engine import stream
 from eellm.infer.request import make_request
+from eellm.infer.result import Stats
 from eellm.log import log
 
 THRESHOLDS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)

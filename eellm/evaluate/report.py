@@ -20,7 +20,7 @@ from eellm.errors import ConfigError
 from eellm.evaluate.plot import inline_svg
 from eellm.evaluate.tables import CURVE_LEGEND, curve_cells, evaluation_cells
 from eellm.exits.palette import colour
-from eellm.infer.engine import Generation, Stats
+from eellm.infer.result import Generation, Stats
 from eellm.log import log
 
 

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eellm.config.model import ExitConfig, ModelConfig
-from eellm.model.cache import LayerCache
 from eellm.model.layers import MLP, Layer, RMSNorm, Rows
 
 
@@ -60,13 +59,8 @@ class Exit(nn.Module):
         self.output = nn.Linear(D, config.vocab_size, bias=False) if exit_config.head == "own" else None
         self.gate = Gate(D, exit_config.gate_size) if exit_config.gate_size else None
 
-    def forward(self, h_BTD: Tensor, rows: Rows, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, h_BTD: Tensor, rows: Rows) -> Tensor:
         """What the exit makes of the hidden state, before its norm."""
         if isinstance(self.body, Layer):
-            return self.body(h_BTD, rows, cache)
+            return self.body(h_BTD, rows)
         return h_BTD if self.body is None else self.body(h_BTD)
-
-    def remember(self, h_BTD: Tensor, rows: Rows, cache: LayerCache) -> None:
-        """For rows that pass this exit without testing it: a `layer` exit needs their keys and values later."""
-        if isinstance(self.body, Layer):
-            cache.append(*self.body.attn.keys_values(self.body.attn_norm(h_BTD), rows))

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from eellm.config.model import ExitConfig, ModelConfig
 from eellm.exits.heads import Exit, MLPBlock
-from eellm.model.cache import LayerCache
 from eellm.model.decoder import Decoder
 from eellm.model.init import init_weights, torch_device, torch_dtype
 from eellm.model.layers import Layer, Rows
@@ -47,7 +46,7 @@ class EarlyExitLM(nn.Module):
 
     def forward(self, tokens_BT: Tensor) -> dict[int, Tensor]:
         """Logits (B, T, V) of every exit, by layer; the final one's key is L. No cache."""
-        rows = self.decoder.rows(0, tokens_BT.shape[1])
+        rows = self.decoder.rows(tokens_BT.shape[1])
         return {layer: self.logits(layer, self.normed(layer, h, rows)) for layer, h in self.hiddens(tokens_BT, rows)}
 
     def hiddens(self, tokens_BT: Tensor, rows: Rows, last: int | None = None) -> Iterable[tuple[int, Tensor]]:
@@ -60,11 +59,11 @@ class EarlyExitLM(nn.Module):
             done = layer
             yield layer, h_BTD
 
-    def normed(self, layer: int, h_BTD: Tensor, rows: Rows, cache: LayerCache | None = None) -> Tensor:
+    def normed(self, layer: int, h_BTD: Tensor, rows: Rows) -> Tensor:
         """The normed hidden state of the exit at `layer`, ready for `logits`."""
         if layer == self.config.num_layers:
             return self.decoder.norm(h_BTD)
-        return self._norm(layer, self.exit(layer)(h_BTD, rows, cache))
+        return self._norm(layer, self.exit(layer)(h_BTD, rows))
 
     def logits(self, layer: int, z_ND: Tensor) -> Tensor:
         """Normed hidden states (..., D) → raw logits (..., V)."""

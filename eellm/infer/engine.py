@@ -1,219 +1,301 @@
-"""Generation: prompts in, tokens out, each with the exit that it left at.
+"""Generation: any mix of requests in, tokens out, each with the exit that it left at.
 
-    Request → decode.step(prompt) → Choice → Sampler.draw → Token → … → Generation
+    submit → Request → slot → Loop ticks (shared with all others) → Token → Handle → Generation
 
-`stream` yields tokens as they come; `generate` collects them. One sequence at a time.
+Whoever wants a token drives the loop for all: iterating a handle runs ticks until its next token is there. There is no
+thread; a lock lets several threads iterate.
 """
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
-import torch
-
-from eellm.config.infer import GenerateConfig, Sampling, Threshold
+from eellm.checkpoint.hf import load
+from eellm.config.infer import GenerateConfig
 from eellm.errors import RequestError
 from eellm.exits.lm import EarlyExitLM
-from eellm.infer.decode.base import Decode
-from eellm.infer.decode.early import Early
-from eellm.infer.decode.full import Full
-from eellm.infer.layout import lay_out_for_decoding
+from eellm.infer.decode.make import make_decode
+from eellm.infer.loop import Loop
+from eellm.infer.memory import Memory
+from eellm.infer.network import network_of
 from eellm.infer.request import Prompt, Request, make_request
+from eellm.infer.result import Generation, Stats, Token
 from eellm.infer.sampling import Sampler
-from eellm.text.stream import StopStrings, StreamDecoder
+from eellm.infer.scheduler import Scheduler
+from eellm.infer.sequence import Sequence
+from eellm.infer.slots import Slots
+from eellm.infer.weights import Quantize
 
 
 @dataclass(frozen=True, kw_only=True)
-class Token:
-    """One new token."""
+class EngineStats:
+    """What an engine has done and holds."""
 
-    id: int
-    text: str
-    """What became certain of the text with this token; pieces joined are the whole text. Empty without tokenizer."""
-    exit: int
-    """The layer whose exit it was drawn from; L for the final one."""
-    confidence: float
-    """The policy's score of that exit's logits (under `gate`: the gate's, and 1 at the final exit)."""
-    logprob: float
-    """Log-probability under the raw logits of that exit."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stats:
-    """What a generation cost."""
-
-    prompt_tokens: int
+    num_running: int
+    num_waiting: int
+    num_free_slots: int
+    num_ticks: int
+    num_finished: int
     new_tokens: int
-    prefill_s: float
-    """Time to the first new token."""
-    decode_s: float
-    """Time from the first to the last new token."""
-    tokens_per_s: float
-    """New tokens after the first over `decode_s`; of a single token, 1 / prefill_s."""
-    mean_exit_layer: float
-    layers_run: int
-    """Passes through a layer, of any number of rows: what decoding pays for where reading weights is the bound."""
-    layers_full: int
-    """What full depth would have run: L for each new token."""
-    deep_passes: int
-    """Passes that reached the last layer."""
-    heads_run: dict[int, int]
-    """Output matrix runs by exit layer."""
+    reused_tokens: int
+    """Of prompts: rows that were in memory already."""
+    memory_bytes: int
+    """Keys and values."""
+    weight_bytes: int
+    """The matrices, as they are multiplied with."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Generation:
-    """One prompt's continuation. The lists have one value per new token; a final end-of-text token is among them."""
+class Engine:
+    """Serves requests on one model, many at a time."""
 
-    text: str | None
-    """Without special tokens, cut at the stop string; None for models without tokenizer."""
-    tokens: list[int]
-    exits: list[int]
-    confidences: list[float]
-    logprobs: list[float]
-    pieces: list[str]
-    """The text that became certain with each token."""
-    finish_reason: str
-    """`eos`, `stop` (a stop string) or `length` (max_new_tokens or the model's context)."""
-    stats: Stats
+    def __init__(
+        self,
+        model: EarlyExitLM | str | Path,
+        *,
+        max_batch: int = 16,
+        max_tokens: int = 4096,
+        quantize: Quantize | None = None,
+    ) -> None:
+        """model: a model, or what `eellm.load` takes. max_batch: requests served at the same time; others wait for
+        their turn. max_tokens: the most that one request may have, prompt and new tokens together; memory for keys
+        and values grows as needed, up to max_batch times that. quantize: matrices of 8 or 4 bits (CPU only)."""
+        self.model = load(model) if isinstance(model, str | Path) else model
+        self.network = network_of(self.model, quantize)
+        self.memory = Memory(
+            self.model.config, self.network.own_layer, dtype=self.network.dtype, device=self.network.device
+        )
+        self.loop = Loop(self.network, self.memory)
+        self.scheduler = Scheduler()
+        self.slots = Slots(max_batch)
+        self.max_tokens = min(max_tokens, self.model.config.max_seq_len)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.lock = threading.RLock()
+        self.num_ticks = self.num_finished = self.new_tokens = self.reused_tokens = 0
+        self.is_closed = False
+
+    def submit(self, prompt: Prompt, options: GenerateConfig | None = None, **fields: Any) -> "Handle":
+        """One request; it begins when a slot is free and someone drives the engine.
+
+        options, or its fields by name: see `GenerateConfig`. Raises RequestError for what can't be served (nothing
+        else is touched by it), ConfigError for options that the model doesn't have.
+        """
+        assert options is None or not fields, "options as an object or by name, not both"
+        request = make_request(self.model, prompt, options or generate_config(**fields))
+        config = self.model.config
+        needed = request.capacity(config.max_seq_len)
+        if needed > self.max_tokens:
+            raise RequestError(
+                f"the request needs room for {needed} tokens ({len(request.tokens)} of the prompt), and the engine has "
+                f"{self.max_tokens} for each; ask for fewer, or make the engine with a larger max_tokens"
+            )
+        seq = Sequence(
+            request,
+            make_decode(request),
+            Sampler(request.options.sampling, request.tokens, self.network.device),
+            stops=self.loop.stops,
+            max_seq_len=config.max_seq_len,
+            eos_token_ids=config.eos_token_ids,
+            tokenizer=self.model.tokenizer,
+        )
+        with self.lock:
+            if self.is_closed:
+                raise RequestError("the engine is closed; make a new one")
+            self.waiting.append(seq)
+        return Handle(self, seq)
+
+    def generate(
+        self, prompts: SequenceOf[Prompt], options: GenerateConfig | None = None, **fields: Any
+    ) -> list[Generation]:
+        """Continues each prompt; what comes out for one doesn't depend on the others. Options as in `submit`.
+
+        prompts: strings, lists of token ids, or lists of chat messages ({"role": …, "content": …}). If one can't be
+        served, none is.
+        """
+        handles = []
+        try:
+            for prompt in check_prompts(prompts):
+                handles.append(self.submit(prompt, options, **fields))
+            return [handle.result() for handle in handles]
+        finally:
+            for handle in handles:
+                handle.cancel()
+
+    def step(self) -> bool:
+        """One tick for everyone. Returns whether there was anything to do."""
+        with self.lock:
+            self._admit()
+            plan = self.scheduler.plan(self.running, self.num_ticks)
+            if plan is None:
+                return False
+            before = sum(len(seq.emitted) for seq in plan.sequences)
+            self.loop.run(plan, self.num_ticks)
+            self.num_ticks += 1
+            self.new_tokens += sum(len(seq.emitted) for seq in plan.sequences) - before
+            for seq in plan.sequences:
+                self._share_prompt(seq)
+                if seq.finish_reason is not None:
+                    self._leave(seq)
+            return True
+
+    def cancel(self, seq: Sequence) -> None:
+        """Ends a request at once; one that is over stays as it is."""
+        with self.lock:
+            if seq.finish_reason is None:
+                seq.finish_reason = "cancelled"
+                if seq in self.waiting:
+                    self.waiting.remove(seq)
+                elif seq in self.running:
+                    self._leave(seq)
+
+    def stats(self) -> EngineStats:
+        """What the engine has done so far, and holds."""
+        with self.lock:
+            return EngineStats(
+                num_running=len(self.running),
+                num_waiting=len(self.waiting),
+                num_free_slots=self.slots.num_free,
+                num_ticks=self.num_ticks,
+                num_finished=self.num_finished,
+                new_tokens=self.new_tokens,
+                reused_tokens=self.reused_tokens,
+                memory_bytes=self.memory.num_bytes,
+                weight_bytes=self.network.num_bytes,
+            )
+
+    def close(self) -> None:
+        """Cancels what is running, and takes nothing more."""
+        with self.lock:
+            self.is_closed = True
+            for seq in [*self.waiting, *self.running]:
+                self.cancel(seq)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _admit(self) -> None:
+        while self.waiting:
+            seq = self.waiting[0]
+            needs = self.loop.own_layer & seq.decode.exits_in_use
+            placement = self.slots.acquire(seq.request.tokens, needs)
+            if placement is None:
+                return
+            self.waiting.popleft()
+            self._reserve(placement.slot, seq.request.capacity(self.max_tokens))
+            if placement.source is not None and placement.source != placement.slot:
+                self.memory.copy(placement.source, placement.slot, placement.num_reused)
+            self.reused_tokens += placement.num_reused
+            seq.place(placement.slot, placement.num_reused)
+            seq.ready_since = self.num_ticks
+            self.running.append(seq)
+
+    def _reserve(self, slot: int, num_rows: int) -> None:
+        """Grows the memory by doubling."""
+        memory = self.memory
+        num_slots = (
+            memory.num_slots if slot < memory.num_slots else min(max(slot + 1, 2 * memory.num_slots), len(self.slots))
+        )
+        capacity = memory.capacity
+        if num_rows > capacity:
+            capacity = min(max(num_rows, 2 * capacity), self.max_tokens)
+        memory.reserve(num_slots, capacity)
+
+    def _share_prompt(self, seq: Sequence) -> None:
+        """Once a prompt has gone through every layer, requests that begin alike may use its rows."""
+        if not seq.is_shared and seq.passed[-1] >= len(seq.request.tokens):
+            self._commit(seq, len(seq.request.tokens))
+            seq.is_shared = True
+
+    def _commit(self, seq: Sequence, num_rows: int) -> None:
+        kept = self.loop.own_layer & seq.decode.exits_in_use
+        self.slots.commit(seq.slot, seq.tokens[:num_rows], kept)
+
+    def _leave(self, seq: Sequence) -> None:
+        """The slot is free; its rows that are true in every layer stay for requests that begin alike."""
+        self._commit(seq, seq.passed[-1])
+        self.slots.release(seq.slot)
+        self.running.remove(seq)
+        self.num_finished += 1
+        seq.waiting = []
 
 
-def generate(
-    model: EarlyExitLM,
-    prompts: Sequence[Prompt],
-    *,
-    max_new_tokens: int = 64,
-    method: Any = "early",
-    policy: Any = "max_prob",
-    threshold: Threshold = 0.8,
-    exits: Sequence[int] | None = None,
-    max_deferred: int = 16,
-    sampling: Sampling = Sampling(),
-    stop: Sequence[str] = (),
-    ignore_eos: bool = False,
-) -> list[Generation]:
-    """Continues each prompt; what comes out for one doesn't depend on the others.
+class Handle(Iterator[Token]):
+    """One request: iterating it yields its tokens, once, and drives the engine while there is none."""
 
-    prompts: strings, lists of token ids, or lists of chat messages ({"role": …, "content": …}). The other options are
-    those of `GenerateConfig`. Raises ConfigError or RequestError before anything is generated.
-    """
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | Mapping)):
-        raise RequestError("prompts must be a list of prompts; put the single one in a list")
-    options = GenerateConfig(
-        max_new_tokens=max_new_tokens,
-        method=method,
-        policy=policy,
-        threshold=threshold,
-        exits=None if exits is None else tuple(exits),
-        max_deferred=max_deferred,
-        sampling=sampling,
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
-        ignore_eos=ignore_eos,
-    )
-    requests = [make_request(model, prompt, options) for prompt in prompts]
-    return [_collect(Run(model, request)) for request in requests]
-
-
-def stream(model: EarlyExitLM, prompt: Prompt, options: GenerateConfig = GenerateConfig()) -> "Run":
-    """An iterator over the new tokens of one prompt; after it ended, `finish_reason` and `stats()` are there."""
-    return Run(model, make_request(model, prompt, options))
-
-
-class Run(Iterator[Token]):
-    """One request being generated. Iterating it does the work, once."""
-
-    def __init__(self, model: EarlyExitLM, request: Request) -> None:
-        self.model = model
-        self.request = request
-        lay_out_for_decoding(model)
-        self.decode = _decode(model, request)
-        self.sampler = Sampler(request.options.sampling, request.tokens, model.decoder.embed.weight.device)
-        self.finish_reason = "length"
-        self.exits: list[int] = []
-        self._times: list[float] = []
-        self._tokens = self._generate()
-        self._decoder = StreamDecoder(model.tokenizer) if model.tokenizer is not None else None
-        self._stops = StopStrings(request.options.stop)
+    def __init__(self, engine: Engine, seq: Sequence) -> None:
+        self._engine = engine
+        self._seq = seq
 
     def __next__(self) -> Token:
-        return next(self._tokens)
+        with self._engine.lock:
+            while not self._seq.new:
+                if self._seq.finish_reason is not None:
+                    raise StopIteration
+                self._engine.step()
+            return self._seq.new.popleft()
 
-    def _generate(self) -> Iterator[Token]:
-        request, options = self.request, self.request.options
-        self._times = [time.perf_counter()]
-        tokens = request.tokens
-        room = request.capacity(self.model.config.max_seq_len) - len(tokens)
-        for number in range(1, room + 1):
-            with torch.inference_mode():
-                choice = self.decode.step(tokens)
-                token = self.sampler.draw(choice.logits_V)
-                logprob = float(choice.logits_V[token] - choice.logits_V.logsumexp(-1))
-            tokens = [token]
-            ended = token in self.model.config.eos_token_ids and not options.ignore_eos
-            text, stopped = self._text_of(token, last=ended or number == room)
-            self._times.append(time.perf_counter())
-            self.exits.append(choice.layer)
-            if ended or stopped:
-                self.finish_reason = "stop" if stopped else "eos"
-            yield Token(id=token, text=text, exit=choice.layer, confidence=choice.score, logprob=logprob)
-            if ended or stopped:
-                return
+    @property
+    def request(self) -> Request:
+        return self._seq.request
 
-    def _text_of(self, token: int, *, last: bool) -> tuple[str, bool]:
-        """The text that is certain now, and whether a stop string ended it."""
-        if self._decoder is None:
-            return "", False
-        text = self._decoder.push(token)
-        if last:
-            text += self._decoder.finish()
-        text = self._stops.push(text)
-        if last:
-            text += self._stops.finish()
-        return text, self._stops.stopped
+    @property
+    def finish_reason(self) -> str | None:
+        """None while it runs; see `Generation`."""
+        return self._seq.finish_reason
+
+    @property
+    def exits(self) -> list[int]:
+        """Of the tokens so far."""
+        return [token.exit for token in self._seq.emitted]
+
+    def cancel(self) -> None:
+        """Ends the request; its slot is free at once."""
+        self._engine.cancel(self._seq)
 
     def stats(self) -> Stats:
-        """What the run cost so far."""
-        num, work = len(self.exits), self.decode.work
-        assert num, "iterate the run first"
-        prefill_s, decode_s = self._times[1] - self._times[0], self._times[-1] - self._times[1]
-        return Stats(
-            prompt_tokens=len(self.request.tokens),
-            new_tokens=num,
-            prefill_s=prefill_s,
-            decode_s=decode_s,
-            tokens_per_s=(num - 1) / decode_s if num > 1 else 1 / prefill_s,
-            mean_exit_layer=sum(self.exits) / num,
-            layers_run=work.layers,
-            layers_full=self.model.config.num_layers * num,
-            deep_passes=work.deep_passes,
-            heads_run=dict(sorted(work.heads.items())),
-        )
+        """What it cost so far."""
+        return self._seq.stats()
+
+    def result(self) -> Generation:
+        """Runs it to its end; all tokens, those that were taken already among them."""
+        for _ in self:
+            pass
+        return self._seq.generation()
 
 
-def _decode(model: EarlyExitLM, request: Request) -> Decode:
-    options = request.options
-    capacity = request.capacity(model.config.max_seq_len)
-    if options.method == "full":
-        return Full(model, policy=options.policy, capacity=capacity)
-    return Early(
-        model,
-        request.thresholds,
-        policy=options.policy,
-        max_deferred=options.max_deferred,
-        capacity=capacity,
-    )
+def generate(model: EarlyExitLM, prompts: SequenceOf[Prompt], **fields: Any) -> list[Generation]:
+    """`Engine.generate` on an engine made for this call: the prompts are served together.
+
+    Raises ConfigError or RequestError before anything is generated.
+    """
+    num_prompts = len(check_prompts(prompts))
+    with Engine(model, max_batch=max(1, min(num_prompts, 16)), max_tokens=model.config.max_seq_len) as engine:
+        return engine.generate(prompts, **fields)
 
 
-def _collect(run: Run) -> Generation:
-    tokens = list(run)
-    return Generation(
-        text="".join(t.text for t in tokens) if run.model.tokenizer is not None else None,
-        tokens=[t.id for t in tokens],
-        exits=[t.exit for t in tokens],
-        confidences=[t.confidence for t in tokens],
-        logprobs=[t.logprob for t in tokens],
-        pieces=[t.text for t in tokens],
-        finish_reason=run.finish_reason,
-        stats=run.stats(),
+def stream(model: EarlyExitLM, prompt: Prompt, options: GenerateConfig = GenerateConfig()) -> Handle:
+    """An iterator over the new tokens of one prompt; after it ended, `finish_reason` and `stats()` are there."""
+    return Engine(model, max_batch=1, max_tokens=model.config.max_seq_len).submit(prompt, options)
+
+
+def check_prompts(prompts: SequenceOf[Prompt]) -> SequenceOf[Prompt]:
+    """Raises RequestError for a single prompt in place of a list of them."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | Mapping)):
+        raise RequestError("prompts must be a list of prompts; put the single one in a list")
+    return prompts
+
+
+def generate_config(*, exits: Iterable[int] | None = None, stop: Iterable[str] = (), **fields: Any) -> GenerateConfig:
+    """Options by name, as people write them: lists for tuples, one stop string without a list."""
+    return GenerateConfig(
+        exits=None if exits is None else tuple(exits),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        **fields,
     )

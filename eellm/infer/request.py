@@ -37,7 +37,7 @@ def make_request(model: EarlyExitLM, prompt: Prompt, options: GenerateConfig) ->
         )
     if options.stop and model.tokenizer is None:
         raise RequestError("stop strings need a tokenizer, and the model has none")
-    thresholds = thresholds_by_layer(options, model.config.exit_layers) if options.method == "early" else {}
+    thresholds = thresholds_by_layer(options, model.config.exit_layers) if options.method != "full" else {}
     if options.policy == "gate":
         for layer in thresholds:
             if model.exit(layer).gate is None:

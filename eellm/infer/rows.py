@@ -1,29 +1,33 @@
-"""Deferred rows: tokens that stopped early, as backbone hidden states kept at the layer where they stopped.
+"""Rows that wait between two ranges of layers: hidden states, kept where they stopped.
 
-A pass that goes deeper takes the rows of each exit along as it gets there: their keys and values in the deeper layers
-are then the true ones, and nothing is computed twice. Because a pass takes every earlier row along, rows further to
-the left have never stopped earlier than those to their right; the rows waiting at one exit are neighbours, just left
-of those that arrive. Shapes: T rows, D hidden.
+A pass that goes deeper takes a sequence's rows of each stop along as it gets there: their keys and values in the deeper
+layers are then the true ones, and nothing is computed twice. Because a pass takes every earlier row along, rows further
+to the left have never stopped earlier than those to their right. Shapes: N rows, D hidden.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-class DeferredRows:
-    """One sequence's deferred rows, by the layer where they stopped."""
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Neighbouring rows of one sequence, where a pass has left them."""
 
-    def __init__(self) -> None:
-        self._waiting: dict[int, list[Tensor]] = {}
+    h_ND: Tensor
+    """The whole pass's."""
+    start: int
+    end: int
 
-    def __len__(self) -> int:
-        return sum(h_1TD.shape[1] for waiting in self._waiting.values() for h_1TD in waiting)
 
-    def stop(self, layer: int, h_1TD: Tensor) -> None:
-        """Keeps rows that have just passed `layer`, to the right of those that wait there already."""
-        self._waiting.setdefault(layer, []).append(h_1TD)
-
-    def resume(self, layer: int, h_1TD: Tensor) -> Tensor:
-        """The rows that wait at `layer`, none any more, and to their right those that arrive."""
-        waiting = self._waiting.pop(layer, [])
-        return torch.cat((*waiting, h_1TD), dim=1) if waiting else h_1TD
+def gather(pieces: Sequence[Piece]) -> Tensor:
+    """The pieces' rows, side by side. No copy where one pass left all of them in this order."""
+    first = pieces[0]
+    end = first.start
+    for piece in pieces:
+        if piece.h_ND is not first.h_ND or piece.start != end:
+            return torch.cat([piece.h_ND[piece.start : piece.end] for piece in pieces])
+        end = piece.end
+    return first.h_ND if (first.start, end) == (0, len(first.h_ND)) else first.h_ND[first.start : end]

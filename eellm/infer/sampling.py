@@ -4,7 +4,7 @@ One uniform draw per token from the request's own generator, so that a request's
 Shapes: V vocabulary.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,20 +24,50 @@ class Sampler:
         else:
             self.generator.manual_seed(sampling.seed)
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the token is always the one with the largest raw logit: then nothing needs to be drawn."""
+        return self.sampling.temperature == 0 and self.sampling.repetition_penalty == 1.0
+
     def draw(self, logits_V: Tensor) -> int:
-        """The next token's id, from raw float32 logits."""
-        sampling = self.sampling
-        if sampling.repetition_penalty != 1.0:
-            logits_V = penalised(logits_V, self.seen, sampling.repetition_penalty)
-        if sampling.temperature == 0:
-            token = int(logits_V.argmax())
+        """The next token's id, from raw float32 logits. The penalty applies to it from then on."""
+        if self.sampling.temperature == 0:
+            token = int(self._penalised(logits_V, ()).argmax())
         else:
-            distance_V = logits_V - logits_V.max()  # so that a tiny temperature overflows to -inf, never to inf
-            probabilities_V = filtered(distance_V / sampling.temperature, sampling)
-            token = int(torch.multinomial(probabilities_V, 1, generator=self.generator))
-        if sampling.repetition_penalty != 1.0:
-            self.seen = torch.cat((self.seen, self.seen.new_tensor([token])))
+            token = self.draw_from(self.probabilities(logits_V))
+        self.accept(token)
         return token
+
+    def draw_from(self, weights_V: Tensor) -> int:
+        """A token with probability in proportion to its weight."""
+        return int(torch.multinomial(weights_V, 1, generator=self.generator))
+
+    def uniform(self) -> float:
+        """A number from [0, 1)."""
+        return float(torch.rand((), generator=self.generator, device=self.generator.device))
+
+    def accept(self, token: int) -> None:
+        """The penalty applies to `token` from now on."""
+        if self.sampling.repetition_penalty != 1.0:
+            self.seen = torch.cat((self.seen, self.seen.new_tensor([token])))
+
+    def probabilities(self, logits_V: Tensor, drafted: Sequence[int] = ()) -> Tensor:
+        """What a token is drawn with: (V,), summing to 1. All of it on one token under temperature 0.
+
+        drafted: tokens that come before it but aren't accepted yet; the penalty applies to them too.
+        """
+        logits_V = self._penalised(logits_V, drafted)
+        if self.sampling.temperature == 0:
+            return torch.zeros_like(logits_V).index_fill(0, logits_V.argmax(), 1.0)
+        distance_V = logits_V - logits_V.max()  # so that a tiny temperature overflows to -inf, never to inf
+        probabilities_V = filtered(distance_V / self.sampling.temperature, self.sampling)
+        return probabilities_V / probabilities_V.sum()
+
+    def _penalised(self, logits_V: Tensor, drafted: Sequence[int]) -> Tensor:
+        if self.sampling.repetition_penalty == 1.0:
+            return logits_V
+        seen = torch.cat((self.seen, self.seen.new_tensor(drafted))) if drafted else self.seen
+        return penalised(logits_V, seen, self.sampling.repetition_penalty)
 
 
 def penalised(logits_V: Tensor, seen: Tensor, penalty: float) -> Tensor:

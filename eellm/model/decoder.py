@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from eellm.config.model import ModelConfig
-from eellm.model.cache import KVCache
 from eellm.model.layers import Layer, RMSNorm, Rows
 from eellm.model.rope import Rope
 
@@ -35,26 +34,25 @@ class Decoder(nn.Module):
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Logits (B, T, V) of whole sequences."""
-        h_BTD = self.run(self.embed(tokens_BT), 1, self.config.num_layers, self.rows(0, tokens_BT.shape[1]))
+        h_BTD = self.run(self.embed(tokens_BT), 1, self.config.num_layers, self.rows(tokens_BT.shape[1]))
         return self.output(self.norm(h_BTD))
 
-    def run(self, h_BTD: Tensor, first: int, last: int, rows: Rows, cache: KVCache | None = None) -> Tensor:
+    def run(self, h_BTD: Tensor, first: int, last: int, rows: Rows) -> Tensor:
         """Moves hidden states through layers `first` to `last`, both included."""
         for n in range(first, last + 1):
-            h_BTD = self.layer(n)(h_BTD, rows, None if cache is None else cache[n])
+            h_BTD = self.layer(n)(h_BTD, rows)
         return h_BTD
 
     def layer(self, n: int) -> Layer:
         """Layer `n`, from 1."""
         return self.layers[str(n)]  # pyrefly: ignore[bad-return]
 
-    def rows(self, start: int, num_rows: int) -> Rows:
-        """Rows at positions start .. start + num_rows - 1, which see all before them (through a cache)."""
+    def rows(self, num_rows: int) -> Rows:
+        """The rows of whole sequences of that length."""
         weight = self.embed.weight
-        end = start + num_rows
-        positions_T = torch.arange(start, end, device=weight.device)
+        positions_T = torch.arange(num_rows, device=weight.device)
         cos_TE, sin_TE = self.rope(positions_T, weight.dtype)
-        return Rows(cos_TE, sin_TE, {w: causal_mask(positions_T, end, start, w) for w in self.windows})
+        return Rows(cos_TE, sin_TE, {w: causal_mask(positions_T, w) for w in self.windows})
 
     def packed_rows(self, positions_BT: Tensor, documents_BT: Tensor | None, dtype: torch.dtype | None = None) -> Rows:
         """Rows of packed documents: attention stays within equal document numbers of a sequence.
@@ -65,7 +63,7 @@ class Decoder(nn.Module):
         cos, sin = self.rope(positions_BT[:, None], dtype or self.embed.weight.dtype)
         index_T = torch.arange(positions_BT.shape[1], device=positions_BT.device)
         if documents_BT is None:
-            return Rows(cos, sin, {w: causal_mask(index_T, len(index_T), 0, w) for w in self.windows})
+            return Rows(cos, sin, {w: causal_mask(index_T, w) for w in self.windows})
         seen_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
         masks: dict[int | None, Tensor | None] = {}
         for window in self.windows:
@@ -80,13 +78,12 @@ class Decoder(nn.Module):
         return {self.config.window(n) for n in range(1, self.config.num_layers + 1)}
 
 
-def causal_mask(positions_T: Tensor, end: int, start: int, window: int | None) -> Tensor | None:
-    """True where row t may see row s < `end`: s <= t and t - s < window. None where `is_causal` or no mask says it.
+def causal_mask(positions_T: Tensor, window: int | None) -> Tensor | None:
+    """True where row t may see row s: s <= t and t - s < window. None where `is_causal` says it.
 
-    NOTE the mask is aligned bottom-right: with fewer rows than keys, the last row sees all keys.
+    positions_T: 0 .. T - 1.
     """
-    full_view = window is None or end <= window
-    if full_view and (start == 0 or end - start == 1):
+    if window is None or len(positions_T) <= window:
         return None
-    distance_TS = positions_T[:, None] - torch.arange(end, device=positions_T.device)[None, :]
-    return distance_TS >= 0 if full_view else (distance_TS >= 0) & (distance_TS < window)
+    distance_TT = positions_T[:, None] - positions_T[None, :]
+    return (distance_TT >= 0) & (distance_TT < window)

@@ -1,7 +1,7 @@
 """The modules of a Llama-family layer: norm, attention, gated MLP, and the layer itself.
 
 A pass moves T rows through a layer. `Rows` says where they stand (angles and masks, made once a pass by
-`Decoder.rows`); an optional `LayerCache` holds the rows before them.
+`Decoder.rows`). There is no cache here: decoding has layers of its own, made from these (`eellm.infer.network`).
 Shapes: B sequences, T rows, D hidden, H query heads, K key/value heads, E head width, S rows attended to.
 """
 
@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eellm.config.model import ModelConfig
-from eellm.model.cache import LayerCache
 from eellm.model.rope import rotate
 
 
@@ -39,26 +38,6 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.size, self.weight, self.eps)
 
 
-def side_by_side(x: Tensor, fused: Tensor | None, *linears: nn.Linear) -> tuple[Tensor, ...]:
-    """Each of `linears` applied to x; by one product with `fused` where their weights are parts of its memory.
-
-    Not while gradients are recorded: they belong to the parts.
-    """
-    if fused is None or torch.is_grad_enabled() or not _are_parts(fused, linears):
-        return tuple(linear(x) for linear in linears)
-    return F.linear(x, fused).split([linear.out_features for linear in linears], dim=-1)
-
-
-def _are_parts(fused: Tensor, linears: tuple[nn.Linear, ...]) -> bool:
-    """Whether no weight was replaced since `fused` (stored by column) was made of them."""
-    address = fused.data_ptr()
-    for linear in linears:
-        if linear.weight.data_ptr() != address:
-            return False
-        address += linear.out_features * fused.element_size()
-    return True
-
-
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions, optional biases, q/k norm and sliding window."""
 
@@ -73,33 +52,18 @@ class Attention(nn.Module):
         self.out = nn.Linear(H * E, D, bias=config.attention_out_bias)
         self.q_norm = RMSNorm(E, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(E, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.fused: Tensor | None = None
-        """The weights of q, k and v in one piece of memory, where `eellm.infer.layout` has put them so."""
 
-    def forward(self, x_BTD: Tensor, rows: Rows, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rows: Rows) -> Tensor:
         B, T, _ = x_BTD.shape
-        q_BTD, k_BTD, v_BTD = side_by_side(x_BTD, self.fused, self.q, self.k, self.v)
-        k_BKSE, v_BKSE = self._keys_values(k_BTD, v_BTD, rows)
-        if cache is not None:
-            k_BKSE, v_BKSE = cache.append(k_BKSE, v_BKSE)
-        q_BHTE = self.q_norm(q_BTD.view(B, T, -1, self.head_size)).transpose(1, 2)
-        q_BHTE = rotate(q_BHTE, rows.cos, rows.sin)
+        shape = (B, T, -1, self.head_size)
+        q_BHTE = rotate(self.q_norm(self.q(x_BTD).view(shape)).transpose(1, 2), rows.cos, rows.sin)
+        k_BKTE = rotate(self.k_norm(self.k(x_BTD).view(shape)).transpose(1, 2), rows.cos, rows.sin)
+        v_BKTE = self.v(x_BTD).view(shape).transpose(1, 2)
         mask = rows.masks[self.window]
-        causal = mask is None and T > 1
         y_BHTE = F.scaled_dot_product_attention(
-            q_BHTE, k_BKSE, v_BKSE, attn_mask=mask, is_causal=causal, enable_gqa=True
+            q_BHTE, k_BKTE, v_BKTE, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=True
         )
         return self.out(y_BHTE.transpose(1, 2).reshape(B, T, -1))
-
-    def keys_values(self, x_BTD: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Keys (rotated) and values of the rows, both (B, K, T, E)."""
-        return self._keys_values(self.k(x_BTD), self.v(x_BTD), rows)
-
-    def _keys_values(self, k_BTD: Tensor, v_BTD: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        B, T, _ = k_BTD.shape
-        k_BKTE = self.k_norm(k_BTD.view(B, T, -1, self.head_size)).transpose(1, 2)
-        v_BKTE = v_BTD.view(B, T, -1, self.head_size).transpose(1, 2)
-        return rotate(k_BKTE, rows.cos, rows.sin), v_BKTE
 
 
 class MLP(nn.Module):
@@ -112,12 +76,9 @@ class MLP(nn.Module):
         self.up = nn.Linear(D, width, bias=bias)
         self.down = nn.Linear(width, D, bias=bias)
         self.activation = ACTIVATIONS[config.activation]
-        self.fused: Tensor | None = None
-        """As in `Attention`, the weights of gate and up."""
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = side_by_side(x, self.fused, self.gate, self.up)
-        return self.down(self.activation(gate) * up)
+        return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
 class Layer(nn.Module):
@@ -130,8 +91,8 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTD: Tensor, rows: Rows, cache: LayerCache | None = None) -> Tensor:
-        h_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), rows, cache)
+    def forward(self, x_BTD: Tensor, rows: Rows) -> Tensor:
+        h_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), rows)
         return h_BTD + self.mlp(self.mlp_norm(h_BTD))
 
 

@@ -136,6 +136,7 @@ def test_generate_writes_the_text_alone_to_stdout_and_the_exits_to_stderr(base, 
 def test_what_is_piped_is_the_text_byte_for_byte(base, run, monkeypatch):
     text = "\tif x:\r\n\t\treturn [bold]1[/bold] :smile: \x07 " + "long " * 60
     ids = iter(tiny_tokenizer().encode(text))
+    monkeypatch.setattr(Sampler, "takes_likeliest", False)
     monkeypatch.setattr(Sampler, "draw", lambda self, logits: next(ids, 0))
     out, _ = run("generate", base, "--prompt", "x", "--max-new-tokens", 110)
     assert out == text[: len(out) - 1] + "\n"
@@ -161,7 +162,7 @@ def test_generate_as_json_is_the_contract(base, adapter, run):
     ):
         assert [token[name] for token in data["tokens"]] == values
     contract = {"tokens_per_s", "mean_exit_layer", "layers_run", "layers_full", "deep_passes"}
-    assert set(data["stats"]) == contract | {"prompt_tokens", "new_tokens", "prefill_s", "decode_s", "heads_run"}
+    assert set(data["stats"]) == contract | {"prompt_tokens", "new_tokens", "prefill_s", "decode_s", "heads_run", "drafted"} | {"accepted"}
     for name in ("mean_exit_layer", "layers_run", "layers_full", "deep_passes", "new_tokens"):
         assert data["stats"][name] == getattr(wanted.stats, name)
     assert data["finish_reason"] == "length"
@@ -217,6 +218,7 @@ def test_options_of_generation_reach_the_engine(base, adapter, run):
 def test_an_end_of_text_ends_the_text_unless_it_is_to_be_ignored(base, run, monkeypatch):
     for args, text, num_tokens in (((), "a", 2), (("--ignore-eos",), "ab", 3)):
         ids = iter([*tiny_tokenizer().encode("a"), 0, *tiny_tokenizer().encode("b")])
+        monkeypatch.setattr(Sampler, "takes_likeliest", False)
         monkeypatch.setattr(Sampler, "draw", lambda self, logits, ids=ids: next(ids))
         data = json.loads(run("generate", base, "--prompt", "x", "--max-new-tokens", 3, "--json", *args)[0])
         assert (data["text"], len(data["tokens"])) == (text, num_tokens)

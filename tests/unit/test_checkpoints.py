@@ -193,7 +193,7 @@ def test_layerskip_exits_have_no_parameters_and_are_the_logit_lens(tmp_path):
     found = eellm.load(tmp_path / "model")
     assert_same_model(found, model)
     decoder, hidden = model.decoder, model.decoder.embed(TOKENS)
-    rows = decoder.rows(0, TOKENS.shape[1])
+    rows = decoder.rows(TOKENS.shape[1])
     for layer in range(1, 7):
         hidden = decoder.layers[str(layer)](hidden, rows)
         if layer in (2, 4, 6):

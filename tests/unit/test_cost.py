@@ -19,7 +19,7 @@ EXITS = tuple(
 def counted(model, *, exits, backward=False):
     """FLOPs per token of products that torch runs, with attention as plain products, which ignore the mask."""
     tokens = torch.zeros(2, SEQ_LEN, dtype=torch.long)
-    rows = model.decoder.rows(0, SEQ_LEN)
+    rows = model.decoder.rows(SEQ_LEN)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         outputs = [
             model.logits(layer, model.normed(layer, h, rows))

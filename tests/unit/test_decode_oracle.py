@@ -84,22 +84,29 @@ def test_thresholds_of_one_and_more_equal_full_depth_even_where_softmax_rounds_t
 
 def test_the_first_new_token_obeys_the_exit_rule_although_the_prompt_goes_through_every_layer():
     model = tiny_model(seed=0)
+    (out,) = eellm.generate(model, [PROMPT], max_new_tokens=2, threshold=0.0)
+    assert out.exits == [1, 1]
+    assert out.stats.layers_run == 6 + 1
+    assert out.stats.deep_passes == 1
+
+
+def test_a_request_that_is_over_runs_nothing_more():
+    model = tiny_model(seed=0)
     (out,) = eellm.generate(model, [PROMPT], max_new_tokens=1, threshold=0.0)
     assert out.exits == [1]
-    assert out.stats.layers_run == 6
-    assert out.stats.deep_passes == 1
+    assert (out.stats.layers_run, out.stats.deep_passes) == (1, 0)
 
 
 def test_the_cap_bounds_the_rows_that_wait_and_changes_the_work_only():
     model = tiny_model(seed=0)
     runs = {
-        cap: eellm.generate(model, [PROMPT], max_new_tokens=33, threshold=0.0, max_deferred=cap)[0] for cap in (1, 7)
+        cap: eellm.generate(model, [PROMPT], max_new_tokens=34, threshold=0.0, max_deferred=cap)[0] for cap in (1, 7)
     }
     assert runs[1].tokens == runs[7].tokens
     assert runs[1].stats.deep_passes == 1 + 16  # the prompt's, then every second token's
     assert runs[7].stats.deep_passes == 1 + 4
-    assert runs[7].stats.layers_run == 6 + 28 * 1 + 4 * 6
-    assert runs[7].stats.layers_full == 33 * 6
+    assert runs[7].stats.layers_run == 6 + 29 * 1 + 4 * 6
+    assert runs[7].stats.layers_full == 34 * 6
 
 
 def test_output_matrices_run_once_per_test_and_never_for_exits_that_are_off():

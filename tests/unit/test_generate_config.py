@@ -10,9 +10,7 @@ from eellm.config.infer import GenerateConfig, Sampling, thresholds_by_layer
 from eellm.errors import ConfigError
 
 
-@pytest.mark.parametrize(
-    "value", [math.nan, True, "0.8", -0.1, None, [0.5], {2: math.nan}, {2: False}, {2: "x"}, {2: -1}]
-)
+@pytest.mark.parametrize("value", [math.nan, True, "0.8", -0.1, [0.5], {2: math.nan}, {2: False}, {2: "x"}, {2: -1}])
 def test_a_threshold_that_is_no_number_of_at_least_0_is_refused(value):
     with pytest.raises(ConfigError, match=r"threshold = .*: must be a number of at least 0"):
         GenerateConfig(threshold=value)
@@ -32,7 +30,7 @@ def test_thresholds_are_numbers_of_any_kind_or_one_per_layer(value):
         ({"max_new_tokens": True}, "max_new_tokens = True: must be a whole number"),
         ({"max_deferred": 0}, "max_deferred = 0: must be at least 1"),
         ({"max_deferred": None}, "max_deferred = None: must be a whole number"),
-        ({"method": "earl"}, r"method = 'earl': must be one of full, early \(did you mean 'early'"),
+        ({"method": "earl"}, r"method = 'earl': must be one of full, early, .*did you mean 'early'"),
         ({"policy": "maxprob"}, r"policy = 'maxprob': .*did you mean 'max_prob'"),
         ({"policy": None}, "policy = None: must be one of"),
         ({"stop": ("a", "")}, "stop = '': an empty stop string"),

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import eellm
 from eellm.errors import ConfigError, RequestError
-from eellm.infer.engine import Run
+from eellm.infer.loop import Loop
+from eellm.infer.network import Network
 from eellm.infer.sampling import Sampler
 from eellm.text.tokenizer import Tokenizer
 from tests.models import tiny_model
@@ -38,6 +39,7 @@ def say(monkeypatch):
 
     def script(ids):
         rest = iter(ids)
+        monkeypatch.setattr(Sampler, "takes_likeliest", False)
         monkeypatch.setattr(Sampler, "draw", lambda self, logits: next(rest))
 
     return script
@@ -110,7 +112,7 @@ def test_models_without_a_tokenizer_take_ids_and_give_no_text():
     ],
 )
 def test_a_prompt_that_can_not_be_served_is_refused_before_any_is(model, prompt, message, monkeypatch):
-    monkeypatch.setattr(Run, "__init__", lambda *_: pytest.fail("generation began"))
+    monkeypatch.setattr(Loop, "run", lambda *_: pytest.fail("generation began"))
     with pytest.raises(RequestError, match=message):
         eellm.generate(model, [PROMPT, prompt])
     with pytest.raises(RequestError, match=message):
@@ -245,6 +247,7 @@ def test_pieces_join_to_the_text_which_is_what_comes_before_the_first_stop_strin
         return
     rest = iter(ids)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sampler, "takes_likeliest", False)
         patch.setattr(Sampler, "draw", lambda self, logits: next(rest))
         (out,) = eellm.generate(model, [[5]], max_new_tokens=len(ids), stop=tuple(stops))
     cut = min((text.find(stop) for stop in stops if stop in text), default=len(text))
@@ -314,22 +317,24 @@ def test_runs_of_one_model_can_be_interleaved(model):
 # --- costs ---
 
 
-def count_calls(model):
-    """Counts what runs, by hooks: passes through each layer, and each output matrix."""
-    layers, matrices = dict.fromkeys(range(1, 7), 0), {"decoder": 0}
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts what runs: passes through each layer, and each exit's output matrix."""
+    layers, heads = dict.fromkeys(range(1, 7), 0), {}
+    run, logits = Network.run, Network.logits
 
-    def counting(counts, key):
-        def hook(*_):
-            counts[key] = counts.get(key, 0) + 1
+    def counting_run(self, h_ND, first, last, *rest):
+        for n in range(first, last + 1):
+            layers[n] += 1
+        return run(self, h_ND, first, last, *rest)
 
-        return hook
+    def counting_logits(self, layer, z_ND):
+        heads[layer] = heads.get(layer, 0) + 1
+        return logits(self, layer, z_ND)
 
-    handles = [model.decoder.layers[str(n)].register_forward_hook(counting(layers, n)) for n in layers]
-    handles.append(model.decoder.output.register_forward_hook(counting(matrices, "decoder")))
-    for name, exit in model.exits.items():
-        if exit.output is not None:
-            handles.append(exit.output.register_forward_hook(counting(matrices, int(name))))
-    return layers, matrices, handles
+    monkeypatch.setattr(Network, "run", counting_run)
+    monkeypatch.setattr(Network, "logits", counting_logits)
+    return layers, heads
 
 
 @pytest.mark.parametrize(
@@ -343,20 +348,17 @@ def count_calls(model):
         {"threshold": 1},
     ],
 )
-def test_the_work_reported_is_the_work_done(options):
-    model = tiny_model()  # exits 1 and 2 have output matrices of their own, 3 and 5 share the final one
-    layers, matrices, handles = count_calls(model)
+def test_the_work_reported_is_the_work_done(options, calls):
+    model = tiny_model()
+    layers, matrices = calls
     (out,) = eellm.generate(model, [PROMPT], max_new_tokens=20, **options)
-    for handle in handles:
-        handle.remove()
     stats = out.stats
     assert stats.layers_run == sum(layers.values())
     assert stats.deep_passes == layers[6]
     assert stats.layers_full == 6 * 20
     heads = stats.heads_run
     assert list(heads) == sorted(heads)
-    assert [heads.get(n, 0) for n in (1, 2)] == [matrices.get(n, 0) for n in (1, 2)]
-    assert sum(heads.get(n, 0) for n in (3, 5, 6)) == matrices["decoder"]
+    assert heads == matrices
     assert stats.mean_exit_layer == sum(out.exits) / 20
     if options.get("method") == "full" or options.get("threshold") == 1:
         assert (stats.layers_run, stats.deep_passes, stats.mean_exit_layer) == (120, 20, 6)
@@ -367,7 +369,7 @@ def test_the_work_reported_is_the_work_done(options):
 
 def test_times_and_speed_are_arithmetic_on_the_clock(model, monkeypatch):
     times = iter([10.0, 12.5, 13.0, 13.5, 15.0])
-    monkeypatch.setattr("eellm.infer.engine.time", SimpleNamespace(perf_counter=lambda: next(times)))
+    monkeypatch.setattr("eellm.infer.sequence.time", SimpleNamespace(perf_counter=lambda: next(times)))
     (out,) = eellm.generate(model, [PROMPT], max_new_tokens=4, ignore_eos=True)
     stats = out.stats
     assert (stats.prompt_tokens, stats.new_tokens) == (8, 4)

@@ -53,7 +53,7 @@ def node_gradients(model, tokens, labels, *, chunk_size=5, repeat=1, **options):
     model.zero_grad()
     scale, reported = 1 / count_targets(labels), {}
     objective = CrossEntropy(labels.flatten(), **options)
-    rows = model.decoder.rows(0, tokens.shape[1])
+    rows = model.decoder.rows(tokens.shape[1])
     h, done = model.decoder.embed(tokens), 0
     for layer, weight in WEIGHTS.items():
         h, done = model.decoder.run(h, done + 1, layer, rows), layer
@@ -122,7 +122,7 @@ def test_an_exit_that_shares_the_final_norm_sends_it_its_gradient():
 def test_a_frozen_backbone_still_trains_the_exit():
     model = model_with("mlp", "own")
     tokens, labels = batch()
-    rows = model.decoder.rows(0, tokens.shape[1])
+    rows = model.decoder.rows(tokens.shape[1])
     with torch.no_grad():
         _, h = next(iter(model.hiddens(tokens, rows)))
     y = exit_loss_node(h, model.head(1, rows), CrossEntropy(labels.flatten()), weight=1.0)
@@ -137,7 +137,7 @@ def test_a_frozen_backbone_still_trains_the_exit():
 def test_a_split_backward_asks_for_inputs_and_for_weights_apart_and_gets_the_same():
     model = model_with("mlp", "own")
     tokens, labels = batch()
-    rows = model.decoder.rows(0, tokens.shape[1])
+    rows = model.decoder.rows(tokens.shape[1])
     reports = []
     x = model.decoder.embed(tokens).detach().requires_grad_()
     head = model.head(1, rows)
@@ -155,7 +155,7 @@ def test_rows_without_any_target_give_zero_and_no_nan():
     model = model_with("norm", "own")
     tokens, labels = batch()
     labels[:] = IGNORE
-    rows = model.decoder.rows(0, tokens.shape[1])
+    rows = model.decoder.rows(tokens.shape[1])
     h = model.decoder.embed(tokens)
     y = exit_loss_node(h, model.head(1, rows), CrossEntropy(labels.flatten()), weight=1 / count_targets(labels))
     y.backward(torch.zeros_like(y))
@@ -180,7 +180,7 @@ def test_the_node_s_peak_memory_does_not_grow_with_length_times_vocabulary():
     model = eellm.build(config, seed=0)
 
     def peak(num_rows, chunk_size):
-        rows = model.decoder.rows(0, num_rows)
+        rows = model.decoder.rows(num_rows)
         x = torch.randn(1, num_rows, width, requires_grad=True)
         objective = CrossEntropy(torch.zeros(num_rows, dtype=torch.long))
 

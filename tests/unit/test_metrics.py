@@ -40,7 +40,7 @@ def naive(model):
         for number in np.unique(numbers):
             piece = torch.from_numpy(tokens[numbers == number].astype(np.int64))[None]
             logits = model(piece)
-            plain = model.decoder.rows(0, piece.shape[1])
+            plain = model.decoder.rows(piece.shape[1])
             gates = {
                 layer: model.exit(layer).gate(model.normed(layer, h, plain))
                 for layer, h in model.hiddens(piece, plain)

@@ -20,7 +20,7 @@ from eellm.config.tune import TuneConfig
 ROOT = Path(__file__).parents[2]
 
 PUBLIC = """
-    EarlyExitLM EellmError ExitConfig GenerateConfig Generation ModelConfig RopeConfig Sampling Token
+    EarlyExitLM Engine EellmError ExitConfig GenerateConfig Generation ModelConfig RopeConfig Sampling Token
     add_exits build generate load save save_adapter stream
 """
 

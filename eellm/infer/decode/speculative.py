@@ -1,0 +1,134 @@
+"""Lossless self-speculation: early exits draft, the rest of the model judges the drafts in one pass.
+
+A round starts with the last token emitted. Its row, and those of the drafts after it, wait at the exit that drafted;
+when an exit isn't sure, or enough is drafted, all of them go on together, and the final exit judges each. Accepted
+drafts are emitted, and so is one token of the final exit's own: in place of the first wrong draft or, where the last
+row drafted nothing, after it. Rows behind the first wrong draft are cropped. Drafts that repeat what followed the
+same words earlier (prompt lookup) cost no exit: their rows enter together and go straight to the end.
+
+Greedy tokens are those of full depth; sampled ones have its distribution: a draft t from q is accepted with
+probability min(1, p(t) / q(t)), the correction is drawn from max(p - q, 0) (arXiv 2211.17192, 2302.01318). With
+`typical` = ε above 0, a draft is accepted where p(t) >= ε · max p instead: not lossless, longer runs.
+Sources: LayerSkip (arXiv 2404.16710) drafts with an exit; that rows are kept where they stopped is EE-LLM §4.1.
+Shapes: V vocabulary.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from eellm.infer.decode.drafting import Drafting
+from eellm.infer.readout import Reading
+from eellm.infer.sequence import Sequence as Served
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A token that waits to be judged."""
+
+    token: int
+    layer: int
+    """Of the exit that drafted it; the last layer for one that was looked up."""
+    q_V: Tensor | None
+    """What it was drawn from; None: it was no draw."""
+
+
+class Speculative:
+    def __init__(
+        self, thresholds: Mapping[int, float], drafting: Drafting, *, max_deferred: int, typical: float
+    ) -> None:
+        """thresholds: by the layers of the exits that may draft. drafting: how many tokens, and by whom."""
+        self.thresholds = thresholds
+        self.exits_in_use = frozenset(thresholds)
+        self.max_deferred = max_deferred
+        self.typical = typical
+        self.drafting = drafting
+        self.drafts: list[Draft] = []
+        self.num_rows = 1
+        """Of this round so far: the last token's, and its drafts'."""
+
+    def exits(self, seq: Served) -> Mapping[int, float]:
+        """The newest row is tested until enough is drafted. The prompt's rows and looked up ones draft nothing."""
+        if seq.is_prompt or len(self.drafts) >= self.drafting.num_drafts:
+            return {}
+        return self.drafting.exits(self.thresholds)
+
+    def at_exit(self, seq: Served, reading: Reading) -> bool:
+        if seq.sampler.takes_likeliest:
+            draft = Draft(reading.token, reading.layer, None)
+        else:
+            q_V = seq.sampler.probabilities(reading.logits_V, [draft.token for draft in self.drafts])
+            draft = Draft(seq.sampler.draw_from(q_V), reading.layer, q_V)
+        self.drafts.append(draft)
+        if len(self.drafts) == self.drafting.num_drafts and not self.drafting.bonus:
+            return False  # the row goes on to be judged; the last draft's own row would only bring a token more
+        seq.pending = [draft.token]
+        self.num_rows += 1
+        return True
+
+    def num_readings(self, seq: Served) -> int:
+        return self.num_rows
+
+    def at_end(self, seq: Served, readings: Sequence[Reading]) -> None:
+        num_right = 0
+        while num_right < min(len(self.drafts), len(readings)):
+            correction = self._judge(seq, self.drafts[num_right], readings[num_right], num_right)
+            if correction is not None:
+                break
+            num_right += 1
+        else:
+            correction = None
+            if len(readings) > len(self.drafts):  # the last row drafted nothing
+                correction = self._own(seq, readings[len(self.drafts)])
+        self._record(seq, num_right)
+        seq.crop(seq.passed[0] - len(readings) + min(num_right + 1, len(readings)))
+        for draft, reading in zip(self.drafts[:num_right], readings, strict=False):
+            seq.sampler.accept(draft.token)
+            seq.emit(draft.token, draft.layer, reading.score, reading.logprob_of(draft.token))
+        if correction is not None:
+            reading = readings[num_right]
+            seq.sampler.accept(correction)
+            seq.emit(correction, reading.layer, reading.score, reading.logprob_of(correction))
+        self._begin(seq)
+
+    def _judge(self, seq: Served, draft: Draft, reading: Reading, index: int) -> int | None:
+        """None: the draft is right. Otherwise the token that comes instead."""
+        token = draft.token
+        if self.typical > 0:
+            p_V = reading.logits_V.softmax(-1)
+            if p_V[token] >= self.typical * p_V.max():
+                return None
+        if seq.sampler.takes_likeliest:
+            return None if reading.token == token else reading.token
+        p_V = seq.sampler.probabilities(reading.logits_V, [draft.token for draft in self.drafts[:index]])
+        q = 1.0 if draft.q_V is None else float(draft.q_V[token])
+        if seq.sampler.uniform() * q < float(p_V[token]):
+            return None
+        rest_V = p_V.clone()
+        if draft.q_V is None:
+            rest_V[token] = 0
+        else:
+            rest_V = (rest_V - draft.q_V).clamp_(min=0)
+        return seq.sampler.draw_from(rest_V)
+
+    def _own(self, seq: Served, reading: Reading) -> int:
+        if seq.sampler.takes_likeliest:
+            return reading.token
+        p_V = seq.sampler.probabilities(reading.logits_V, [draft.token for draft in self.drafts])
+        return seq.sampler.draw_from(p_V)
+
+    def _record(self, seq: Served, num_right: int) -> None:
+        seq.work.drafted += len(self.drafts)
+        seq.work.accepted += num_right
+        self.drafting.judged([draft.layer for draft in self.drafts], num_right)
+
+    def _begin(self, seq: Served) -> None:
+        """Starts a round with the last token emitted."""
+        if seq.finish_reason is not None:
+            return
+        most = min(seq.room - 1, self.max_deferred - 1)
+        looked_up = self.drafting.begin(seq.tokens, most)
+        self.drafts = [Draft(token, seq.stops[-1], None) for token in looked_up]
+        self.num_rows = 1 + len(looked_up)
+        seq.pending = [seq.tokens[-1], *looked_up]

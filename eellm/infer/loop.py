@@ -1,0 +1,174 @@
+"""The decode loop: one tick moves the rows of some sequences to one stop, and hears what the exit there says.
+
+    Scheduler.plan → StepPlan → rows through layers → Readings → Decode.at_exit, at_end → tokens emitted and fed
+
+All methods are the same loop: full depth tests no exit, early exit trusts an answer, speculation judges it at the
+end. The rows that an exit answered wait where they are, those of all sequences alike, until a pass takes them on.
+What a sequence gets never depends on its neighbours but for rounding.
+Shapes: N rows of the pass, D hidden.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from eellm.infer.angles import Angles
+from eellm.infer.attention import PassRows, Span
+from eellm.infer.memory import Memory
+from eellm.infer.network import Network
+from eellm.infer.readout import Reading, read
+from eellm.infer.rows import Piece, gather
+from eellm.infer.scheduler import StepPlan
+from eellm.infer.sequence import Sequence as Served
+
+
+class Loop:
+    def __init__(self, network: Network, memory: Memory) -> None:
+        self.network = network
+        self.memory = memory
+        self.config = network.config
+        self.stops = (*self.config.exit_layers, self.config.num_layers)
+        self.own_layer = frozenset(network.own_layer)
+        self.angles = Angles(self.config, dtype=network.dtype, device=network.device)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan, tick: int) -> None:
+        """One tick."""
+        stop, sequences = plan.stop, plan.sequences
+        if stop == 0:
+            entering = [seq.enter(num) for seq, num in zip(sequences, plan.num_enter, strict=True)]
+            counts = [len(tokens) for tokens in entering]
+            h_ND = self.network.embed([token for tokens in entering for token in tokens])
+        else:
+            counts = [seq.num_waiting(stop - 1) for seq in sequences]
+            h_ND = gather([piece for seq in sequences for piece in seq.waiting[stop - 1]])
+            for seq in sequences:
+                seq.waiting[stop - 1] = []
+        last = self._through(stop, sequences)
+        spans = [Span(seq.slot, seq.passed[stop], count) for seq, count in zip(sequences, counts, strict=True)]
+        rows = self._rows(spans)
+        done = 0 if stop == 0 else self.stops[stop - 1]
+        h_ND = self.network.run(h_ND, done + 1, self.stops[last], rows, self.memory)
+        start = 0
+        for seq, count in zip(sequences, counts, strict=True):
+            for i in range(stop, last + 1):
+                seq.passed[i] += count
+            seq.work.layers += self.stops[last] - done
+            seq.ready_since = tick
+            if last + 1 < len(self.stops):
+                seq.waiting[last].append(Piece(h_ND, start, start + count))
+                seq.frontier = last + 1
+            else:
+                seq.frontier = None
+                seq.work.deep_passes += 1
+            start += count
+        if last + 1 < len(self.stops):
+            self._at_exit(self.stops[last], h_ND, rows, sequences)
+        else:
+            self._at_end(h_ND, sequences, counts)
+
+    def _rows(self, spans: Sequence[Span]) -> PassRows:
+        return PassRows(spans, self.angles, self.config.kv_heads)
+
+    def _through(self, stop: int, sequences: Iterable[Served]) -> int:
+        """The stop to run to: beyond `stop` where nobody has business there."""
+        while stop + 1 < len(self.stops):
+            layer = self.stops[stop]
+            for seq in sequences:
+                keeps = layer in self.own_layer and layer in seq.decode.exits_in_use
+                if keeps or seq.num_waiting(stop) > 0 or self._is_tested(seq, layer):
+                    return stop
+            stop += 1
+        return stop
+
+    @staticmethod
+    def _is_tested(seq: Served, layer: int) -> bool:
+        return not seq.pending and layer in seq.decode.exits(seq)
+
+    def _at_exit(self, layer: int, h_ND: Tensor, rows: PassRows, sequences: Sequence[Served]) -> None:
+        """Asks the exit about the newest rows of those that test it."""
+        ends = _ends(rows.spans)
+        z_ND = h_ND
+        if layer in self.own_layer:
+            z_ND = self._attended(layer, h_ND, rows, sequences)
+        tested = [(seq, end - 1) for seq, end in zip(sequences, ends, strict=True) if self._is_tested(seq, layer)]
+        if not tested:
+            return
+        z_ND = self.network.normed(layer, _rows_of(z_ND, [row for _, row in tested]))
+        gated = [i for i, (seq, _) in enumerate(tested) if seq.request.options.policy == "gate"]
+        scores = self.network.gate(layer, z_ND[gated] if len(gated) < len(tested) else z_ND).tolist() if gated else []
+        gates = dict(zip(gated, scores, strict=True))
+        sure = [i for i, (seq, _) in enumerate(tested) if gates.get(i, 1.0) >= seq.decode.exits(seq)[layer]]
+        if not sure:
+            return
+        readings = self._read(layer, _rows_of(z_ND, sure), [tested[i][0] for i in sure])
+        for i, reading in zip(sure, readings, strict=True):
+            seq = tested[i][0]
+            if i in gates:
+                reading = Reading(layer, gates[i], reading.token, reading.logprob, reading.logits_V)
+            is_over = reading.score >= seq.decode.exits(seq)[layer] and seq.decode.at_exit(seq, reading)
+            # the rest of the prompt's way, and of too many that wait, can't be put off
+            if is_over and not seq.is_prompt and seq.num_deferred <= seq.decode.max_deferred:
+                seq.frontier = None
+
+    def _attended(self, layer: int, h_ND: Tensor, rows: PassRows, sequences: Sequence[Served]) -> Tensor:
+        """Takes the rows of those that use the exit through its own layer. Other rows stay as they are."""
+        using = [layer in seq.decode.exits_in_use for seq in sequences]
+        if all(using):
+            return self.network.attended(layer, h_ND, rows, self.memory)
+        spans = [span for span, used in zip(rows.spans, using, strict=True) if used]
+        if not spans:
+            return h_ND
+        index: list[int] = []
+        for span, end, used in zip(rows.spans, _ends(rows.spans), using, strict=True):
+            index += range(end - span.count, end) if used else ()
+        out_ND = h_ND.clone()
+        out_ND[index] = self.network.attended(layer, h_ND[index], self._rows(spans), self.memory)
+        return out_ND
+
+    def _at_end(self, h_ND: Tensor, sequences: Sequence[Served], counts: Sequence[int]) -> None:
+        """Asks the final exit about the rows that have no answer yet."""
+        asked, index, start = [], [], 0
+        for seq, count in zip(sequences, counts, strict=True):
+            start += count
+            # of a prompt that hasn't entered entirely, no row is asked about; a sequence cut off in between has no say
+            num = 0 if seq.finish_reason is not None or self._is_cut(seq) else seq.decode.num_readings(seq)
+            if num:
+                asked.append((seq, num))
+                index += range(start - num, start)
+        if not asked:
+            return
+        layer = self.stops[-1]
+        z_ND = self.network.normed(layer, _rows_of(h_ND, index))
+        readings = self._read(layer, z_ND, [seq for seq, num in asked for _ in range(num)])
+        start = 0
+        for seq, num in asked:
+            seq.decode.at_end(seq, readings[start : start + num])
+            start += num
+
+    @staticmethod
+    def _is_cut(seq: Served) -> bool:
+        """Whether more of the prompt is to come."""
+        return seq.passed[0] < len(seq.request.tokens)
+
+    def _read(self, layer: int, z_ND: Tensor, sequences: Sequence[Served]) -> list[Reading]:
+        for seq in dict.fromkeys(sequences):
+            seq.work.count_head(layer)
+        return read(self.network, layer, z_ND, [seq.request.options.policy for seq in sequences])
+
+
+def _ends(spans: Iterable[Span]) -> list[int]:
+    """One past each span's last row."""
+    ends, end = [], 0
+    for span in spans:
+        end += span.count
+        ends.append(end)
+    return ends
+
+
+def _rows_of(h_ND: Tensor, index: list[int]) -> Tensor:
+    """Some rows; no copy where they are all, or one."""
+    if len(index) == 1:
+        return h_ND[index[0] : index[0] + 1]
+    return h_ND if index == list(range(len(h_ND))) else h_ND[index]

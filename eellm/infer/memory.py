@@ -1,0 +1,50 @@
+"""Keys and values of all sequences that are being served, in static memory.
+
+A *slot* holds one sequence's rows from position 0 on. Every layer has one tensor for all slots, so that a pass over
+many sequences reads their keys without a copy; `layer` exits have tensors of their own. How many rows of a slot are
+true at a layer is the sequence's to know: this is memory only. It grows by doubling, up to what the engine allows.
+Shapes: S slots, K key/value heads, C rows a slot can hold, E head width.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from eellm.config.model import ModelConfig
+
+
+class Memory:
+    def __init__(
+        self, config: ModelConfig, own_layer: Iterable[int] = (), *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """own_layer: layers of the exits that attend with a Transformer layer of their own."""
+        empty = torch.zeros(0, 2 * config.kv_heads, 0, config.head_size, dtype=dtype, device=device)
+        self.layers: dict[int, Tensor] = dict.fromkeys(range(1, config.num_layers + 1), empty)
+        """Keys, then values, along the heads: (S, 2K, C, E), by layer."""
+        self.exits: dict[int, Tensor] = dict.fromkeys(own_layer, empty)
+        """As `layers`, of the exits."""
+        self.num_slots = 0
+        self.capacity = 0
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(kv.nbytes for part in (self.layers, self.exits) for kv in part.values())
+
+    def reserve(self, num_slots: int, capacity: int) -> None:
+        """Makes room for at least so many slots of at least so many rows; what is there stays."""
+        if num_slots <= self.num_slots and capacity <= self.capacity:
+            return
+        self.num_slots, self.capacity = max(num_slots, self.num_slots), max(capacity, self.capacity)
+        for part in (self.layers, self.exits):
+            for layer, kv in part.items():
+                S, KV, C, E = kv.shape
+                # NOTE zeros: rows beyond a sequence's own are read under a mask, where 0 · NaN would be NaN
+                part[layer] = kv.new_zeros(self.num_slots, KV, self.capacity, E)
+                part[layer][:S, :, :C] = kv
+
+    def copy(self, source: int, target: int, num_rows: int) -> None:
+        """The first rows of one slot into another."""
+        for part in (self.layers, self.exits):
+            for kv in part.values():
+                kv[target, :, :num_rows] = kv[source, :, :num_rows]

@@ -1,0 +1,74 @@
+"""Which layers run next, for which sequences. Decides, never computes; no torch.
+
+Every tick moves rows to one stop. New tokens are ready for the first one; rows that no exit has answered wait further
+in. A deep pass reads its layers' weights once for all that wait, so it pays to let some gather while others, answered
+by an exit, go on with their next token. Rows of a long prompt come a chunk at a time. No row waits for more than
+`max_wait` ticks.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from eellm.infer.sequence import Sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """One tick."""
+
+    stop: int
+    """Index of the stop that rows move to."""
+    sequences: list[Sequence]
+    """By slot."""
+    num_enter: list[int]
+    """Of each, the tokens that enter layer 1 at the most (where stop is 0)."""
+
+
+class Scheduler:
+    def __init__(self, *, max_prompt_rows: int = 256, max_wait: int = 16) -> None:
+        """max_prompt_rows: rows of prompts in a pass while others decode; alone they may be twice as many."""
+        self.max_prompt_rows = max_prompt_rows
+        self.max_wait = max_wait
+
+    def plan(self, sequences: Iterable[Sequence], tick: int) -> StepPlan | None:
+        """None: there is nothing to do."""
+        ready: dict[int, list[Sequence]] = {}
+        for seq in sequences:
+            if seq.next_stop is not None:
+                ready.setdefault(seq.next_stop, []).append(seq)
+        if not ready:
+            return None
+        stop = self._stop(ready, tick)
+        chosen = sorted(ready[stop], key=lambda seq: seq.slot)
+        if stop > 0:
+            return StepPlan(stop=stop, sequences=chosen, num_enter=[0] * len(chosen))
+        return self._entering(chosen, alone=len(ready) == 1)
+
+    def _stop(self, ready: dict[int, list[Sequence]], tick: int) -> int:
+        """The deep rows go when they have waited long enough, or are no fewer than those ready for a new token."""
+        deepest_first = sorted(ready, reverse=True)
+        for stop in deepest_first:
+            if min(seq.ready_since for seq in ready[stop]) + self.max_wait <= tick:
+                return stop
+        for stop in deepest_first:
+            if len(ready[stop]) >= sum(len(ready[before]) for before in ready if before < stop):
+                return stop
+        return deepest_first[-1]
+
+    def _entering(self, chosen: list[Sequence], *, alone: bool) -> StepPlan:
+        """All that decode enter; of prompts as many rows as the chunk has room for, the longest waiting first."""
+        only_prompts = alone and all(self._in_prompt(seq) for seq in chosen)
+        left = self.max_prompt_rows * (2 if only_prompts else 1)
+        num_enter = {}
+        for seq in sorted(chosen, key=lambda seq: seq.ready_since):
+            num = len(seq.pending)
+            if self._in_prompt(seq):
+                num = min(num, left)
+                left -= num
+            num_enter[seq.slot] = num
+        kept = [seq for seq in chosen if num_enter[seq.slot] > 0]
+        return StepPlan(stop=0, sequences=kept, num_enter=[num_enter[seq.slot] for seq in kept])
+
+    @staticmethod
+    def _in_prompt(seq: Sequence) -> bool:
+        return seq.passed[0] < len(seq.request.tokens)

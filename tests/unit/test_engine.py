@@ -1,0 +1,219 @@
+"""Many requests at once: whatever mix, each gets what a decoder without any cache gives it alone."""
+
+import threading
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import eellm
+from eellm.errors import ConfigError, RequestError
+from tests.models import oracle, tiny_model
+
+MODEL = tiny_model(seed=0)
+WINDOWED = tiny_model(seed=3, sliding_window=5, sliding_layers=(2, 5, 6), qk_norm=True)
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+LONG = [(7 * i + i * i) % 29 for i in range(60)]
+
+
+def expected(model, prompt, options):
+    """The oracle's tokens, exits and log-probabilities."""
+    thresholds = {}
+    if options["method"] == "early":
+        thresholds = dict.fromkeys(model.config.exit_layers, options["threshold"])
+    rows = oracle(
+        model,
+        prompt,
+        num_tokens=options["max_new_tokens"],
+        thresholds=thresholds,
+        policy=options.get("policy", "max_prob"),
+    )
+    return [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
+
+
+def assert_is(out, model, prompt, options):
+    tokens, exits, logprobs = expected(model, prompt, options)
+    num = len(out.tokens)
+    assert out.tokens == tokens[:num]
+    if options["method"] != "speculative":
+        assert out.exits == exits[:num]
+    assert out.logprobs == pytest.approx(logprobs[:num], abs=1e-5)
+    if out.finish_reason == "length":
+        assert num == options["max_new_tokens"]
+
+
+prompts = st.one_of(
+    st.lists(st.integers(0, 28), min_size=1, max_size=12),
+    st.integers(1, 60).map(lambda n: LONG[:n]),  # these begin alike: rows are reused
+)
+requests = st.fixed_dictionaries(
+    {
+        "method": st.sampled_from(["full", "early", "speculative"]),
+        "threshold": st.sampled_from([0.0, 0.2, 0.4, 0.7]),
+        "max_new_tokens": st.integers(1, 14),
+        "max_deferred": st.sampled_from([1, 2, 5, 16]),
+        "policy": st.sampled_from(["max_prob", "gate", "margin"]),
+        "max_draft": st.sampled_from([1, 3, 8]),
+        "lookup": st.booleans(),
+    }
+)
+events = st.lists(
+    st.one_of(
+        st.tuples(st.just("submit"), prompts, requests),
+        st.tuples(st.just("step"), st.integers(1, 9)),
+        st.tuples(st.just("cancel"), st.integers(0, 20)),
+    ),
+    min_size=4,
+    max_size=24,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(events=events, max_batch=st.integers(1, 5), chunk=st.sampled_from([3, 7, 256]), windowed=st.booleans())
+def test_requests_that_come_go_and_are_cancelled_at_random_get_the_oracle_s_tokens(events, max_batch, chunk, windowed):
+    model = WINDOWED if windowed else MODEL
+    engine = eellm.Engine(model, max_batch=max_batch)
+    engine.scheduler.max_prompt_rows = chunk
+    handles = []
+    for kind, *rest in events:
+        if kind == "submit":
+            prompt, options = rest
+            handles.append((engine.submit(prompt, **options), prompt, options))
+        elif kind == "step":
+            for _ in range(rest[0]):
+                engine.step()
+        elif handles:
+            handles[rest[0] % len(handles)][0].cancel()
+    for handle, prompt, options in handles:
+        assert_is(handle.result(), model, prompt, options)
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting, stats.num_free_slots) == (0, 0, max_batch)
+
+
+def test_a_batch_of_ragged_prompts_with_mixed_methods_equals_each_alone():
+    options = [
+        {"method": method, "threshold": threshold, "max_new_tokens": 20}
+        for method in ("full", "early", "speculative")
+        for threshold in (0.1, 0.3, 0.6)
+    ]
+    with eellm.Engine(MODEL, max_batch=16) as engine:
+        handles = [engine.submit(LONG[: 3 + 6 * i], **chosen) for i, chosen in enumerate(options)]
+        for i, (handle, chosen) in enumerate(zip(handles, options, strict=True)):
+            assert_is(handle.result(), MODEL, LONG[: 3 + 6 * i], chosen)
+    drafted = [handle.stats().drafted for handle in handles]
+    assert all(drafted[-3:])
+    assert not any(drafted[:-3])
+
+
+def test_rows_of_a_prompt_that_another_request_has_had_are_not_computed_again():
+    with eellm.Engine(MODEL, max_batch=3) as engine:
+        first = engine.submit(LONG, max_new_tokens=4, method="full")
+        first.result()
+        assert engine.stats().reused_tokens == 0
+        (again,) = engine.generate([[*LONG[:40], 1, 2]], max_new_tokens=6, method="full")
+        assert engine.stats().reused_tokens == 32  # whole blocks of 16
+        assert_is(again, MODEL, [*LONG[:40], 1, 2], {"method": "full", "max_new_tokens": 6})
+        running = engine.submit(LONG, max_new_tokens=20, method="full")
+        next(running)
+        beside = engine.submit(LONG, max_new_tokens=20, method="full")  # copied from a slot that is in use
+        next(beside)
+        assert engine.stats().reused_tokens > 32 + 48
+        assert beside.result().tokens == running.result().tokens
+
+
+def test_rows_without_an_exit_s_own_keys_are_no_use_to_a_request_that_takes_that_exit():
+    with eellm.Engine(MODEL, max_batch=2) as engine:
+        engine.generate([LONG], max_new_tokens=2, method="full")
+        options = {"method": "early", "threshold": 0.2, "max_new_tokens": 12}
+        (out,) = engine.generate([LONG], **options)
+        assert engine.stats().reused_tokens == 0
+        assert_is(out, MODEL, LONG, options)
+
+
+def test_a_request_longer_than_the_engine_s_memory_is_refused_and_the_others_go_on():
+    with eellm.Engine(MODEL, max_batch=2, max_tokens=40) as engine:
+        running = engine.submit(PROMPT, max_new_tokens=20, method="full")
+        next(running)
+        with pytest.raises(RequestError, match=r"needs room for 80 tokens .60 of the prompt., and the engine has 40"):
+            engine.submit(LONG, max_new_tokens=20)
+        with pytest.raises(ConfigError, match="no exit at layer 4"):
+            engine.submit(PROMPT, exits=[4])
+        assert running.result().tokens == expected(MODEL, PROMPT, {"method": "full", "max_new_tokens": 20})[0]
+
+
+def test_no_request_waits_for_ever_beside_others_that_leave_early():
+    with eellm.Engine(MODEL, max_batch=6) as engine:
+        quick = [engine.submit([i, 1], max_new_tokens=100, method="early", threshold=0.0) for i in range(5)]
+        slow = engine.submit(PROMPT, max_new_tokens=3, method="full")
+        slow.result()
+        assert engine.stats().num_ticks < 5 * (engine.scheduler.max_wait + 2)
+        assert all(handle.finish_reason is None for handle in quick)
+
+
+def test_a_cancelled_request_ends_at_once_and_its_slot_serves_the_next():
+    with eellm.Engine(MODEL, max_batch=1) as engine:
+        first, second = (engine.submit(PROMPT, max_new_tokens=50, method="full") for _ in range(2))
+        next(first)
+        first.cancel()
+        assert list(first) == []
+        assert first.finish_reason == "cancelled"
+        assert first.result().finish_reason == "cancelled"
+        second.cancel()
+        third = engine.submit(PROMPT, max_new_tokens=2, method="full")
+        assert len(third.result().tokens) == 2
+        assert second.result().tokens == []
+
+
+def test_a_client_that_stops_reading_stops_nobody_and_finds_its_tokens_later():
+    with eellm.Engine(MODEL, max_batch=2) as engine:
+        idle = engine.submit(PROMPT, max_new_tokens=12, method="full")
+        next(idle)
+        (out,) = engine.generate([LONG[:9]], max_new_tokens=30, method="full")
+        assert_is(out, MODEL, LONG[:9], {"method": "full", "max_new_tokens": 30})
+        assert idle.finish_reason == "length"
+        assert engine.stats().num_free_slots == 2
+        assert len(list(idle)) == 11
+
+
+def test_threads_that_iterate_at_the_same_time_share_the_engine():
+    outs = {}
+    with eellm.Engine(MODEL, max_batch=4) as engine:
+        handles = [engine.submit(LONG[: 5 + i], max_new_tokens=20, method="early", threshold=0.3) for i in range(6)]
+
+        def drain(i):
+            outs[i] = [token.id for token in handles[i]]
+
+        threads = [threading.Thread(target=drain, args=(i,)) for i in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+    for i in range(6):
+        options = {"method": "early", "threshold": 0.3, "max_new_tokens": 20}
+        assert outs[i] == expected(MODEL, LONG[: 5 + i], options)[0]
+
+
+def test_a_closed_engine_cancels_what_runs_and_takes_nothing_more():
+    with eellm.Engine(MODEL) as engine:
+        running = engine.submit(PROMPT, max_new_tokens=50)
+        next(running)
+    assert running.finish_reason == "cancelled"
+    with pytest.raises(RequestError, match="closed"):
+        engine.submit(PROMPT)
+
+
+def test_if_one_of_several_prompts_is_refused_none_stays_in_the_engine():
+    with eellm.Engine(MODEL) as engine:
+        with pytest.raises(RequestError, match="prompt token 99"):
+            engine.generate([PROMPT, [99]])
+        assert engine.stats().num_waiting == 0
+
+
+def test_weights_that_change_are_seen():
+    model = tiny_model(seed=8)
+    options = {"method": "full", "max_new_tokens": 10}
+    (before,) = eellm.generate(model, [PROMPT], **options)
+    model.load_state_dict(tiny_model(seed=9).state_dict())
+    (after,) = eellm.generate(model, [PROMPT], **options)
+    assert before.tokens != after.tokens
+    assert_is(after, model, PROMPT, options)
