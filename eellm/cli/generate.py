@@ -15,7 +15,7 @@ from eellm.config.infer import GenerateConfig, Method, PolicyName, Sampling
 from eellm.errors import RequestError
 
 if TYPE_CHECKING:
-    from eellm.infer.engine import Handle
+    from eellm.infer.handle import Handle
     from eellm.infer.result import Token
 
 

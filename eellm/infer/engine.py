@@ -8,7 +8,7 @@ thread; a lock lets several threads iterate.
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,15 @@ from eellm.checkpoint.hf import load
 from eellm.config.infer import GenerateConfig
 from eellm.errors import RequestError
 from eellm.exits.lm import EarlyExitLM
-from eellm.infer.decode.make import make_decode
+from eellm.infer.costs import StepCosts
+from eellm.infer.decode.make import Methods
+from eellm.infer.handle import Handle
 from eellm.infer.loop import Loop
+from eellm.infer.measure import measured
 from eellm.infer.memory import Memory
 from eellm.infer.network import network_of
-from eellm.infer.request import Prompt, Request, make_request
-from eellm.infer.result import Generation, Stats, Token
+from eellm.infer.request import Prompt, make_request
+from eellm.infer.result import Generation
 from eellm.infer.sampling import Sampler
 from eellm.infer.scheduler import Scheduler
 from eellm.infer.sequence import Sequence
@@ -59,17 +62,21 @@ class Engine:
         max_batch: int = 16,
         max_tokens: int = 4096,
         quantize: Quantize | None = None,
+        cache_dir: Path | None = None,
     ) -> None:
         """model: a model, or what `eellm.load` takes. max_batch: requests served at the same time; others wait for
         their turn. max_tokens: the most that one request may have, prompt and new tokens together; memory for keys
-        and values grows as needed, up to max_batch times that. quantize: matrices of 8 or 4 bits (CPU only)."""
+        and values grows as needed, up to max_batch times that. quantize: matrices of 8 or 4 bits (CPU only).
+        cache_dir: where what was measured on this machine is kept for the next engine."""
         self.model = load(model) if isinstance(model, str | Path) else model
         self.network = network_of(self.model, quantize)
         self.memory = Memory(
             self.model.config, self.network.own_layer, dtype=self.network.dtype, device=self.network.device
         )
-        self.loop = Loop(self.network, self.memory)
         self.scheduler = Scheduler()
+        self.loop = Loop(self.network, self.memory, self.scheduler)
+        self.methods = Methods(self._costs)
+        self.cache_dir = cache_dir
         self.slots = Slots(max_batch)
         self.max_tokens = min(max_tokens, self.model.config.max_seq_len)
         self.waiting: deque[Sequence] = deque()
@@ -95,7 +102,7 @@ class Engine:
             )
         seq = Sequence(
             request,
-            make_decode(request),
+            self.methods.serve(request),
             Sampler(request.options.sampling, request.tokens, self.network.device),
             stops=self.loop.stops,
             max_seq_len=config.max_seq_len,
@@ -129,6 +136,7 @@ class Engine:
         """One tick for everyone. Returns whether there was anything to do."""
         with self.lock:
             self._admit()
+            self.methods.running(len(self.running))
             plan = self.scheduler.plan(self.running, self.num_ticks)
             if plan is None:
                 return False
@@ -180,6 +188,13 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _costs(self) -> StepCosts:
+        """Measured when they are first needed."""
+        if self.network.costs is None:
+            self.network.costs = measured(self.network, self.cache_dir)
+        self.scheduler.costs = self.network.costs
+        return self.network.costs
+
     def _admit(self) -> None:
         while self.waiting:
             seq = self.waiting[0]
@@ -224,50 +239,6 @@ class Engine:
         self.running.remove(seq)
         self.num_finished += 1
         seq.waiting = []
-
-
-class Handle(Iterator[Token]):
-    """One request: iterating it yields its tokens, once, and drives the engine while there is none."""
-
-    def __init__(self, engine: Engine, seq: Sequence) -> None:
-        self._engine = engine
-        self._seq = seq
-
-    def __next__(self) -> Token:
-        with self._engine.lock:
-            while not self._seq.new:
-                if self._seq.finish_reason is not None:
-                    raise StopIteration
-                self._engine.step()
-            return self._seq.new.popleft()
-
-    @property
-    def request(self) -> Request:
-        return self._seq.request
-
-    @property
-    def finish_reason(self) -> str | None:
-        """None while it runs; see `Generation`."""
-        return self._seq.finish_reason
-
-    @property
-    def exits(self) -> list[int]:
-        """Of the tokens so far."""
-        return [token.exit for token in self._seq.emitted]
-
-    def cancel(self) -> None:
-        """Ends the request; its slot is free at once."""
-        self._engine.cancel(self._seq)
-
-    def stats(self) -> Stats:
-        """What it cost so far."""
-        return self._seq.stats()
-
-    def result(self) -> Generation:
-        """Runs it to its end; all tokens, those that were taken already among them."""
-        for _ in self:
-            pass
-        return self._seq.generation()
 
 
 def generate(model: EarlyExitLM, prompts: SequenceOf[Prompt], **fields: Any) -> list[Generation]:

@@ -19,14 +19,15 @@ from eellm.infer.memory import Memory
 from eellm.infer.network import Network
 from eellm.infer.readout import Reading, read
 from eellm.infer.rows import Piece, gather
-from eellm.infer.scheduler import StepPlan
+from eellm.infer.scheduler import Scheduler, StepPlan
 from eellm.infer.sequence import Sequence as Served
 
 
 class Loop:
-    def __init__(self, network: Network, memory: Memory) -> None:
+    def __init__(self, network: Network, memory: Memory, scheduler: Scheduler) -> None:
         self.network = network
         self.memory = memory
+        self.scheduler = scheduler
         self.config = network.config
         self.stops = (*self.config.exit_layers, self.config.num_layers)
         self.own_layer = frozenset(network.own_layer)
@@ -101,8 +102,10 @@ class Loop:
         gates = dict(zip(gated, scores, strict=True))
         sure = [i for i, (seq, _) in enumerate(tested) if gates.get(i, 1.0) >= seq.decode.exits(seq)[layer]]
         if not sure:
+            self.scheduler.heard(self.stops.index(layer), len(tested), 0)
             return
         readings = self._read(layer, _rows_of(z_ND, sure), [tested[i][0] for i in sure])
+        num_over = 0
         for i, reading in zip(sure, readings, strict=True):
             seq = tested[i][0]
             if i in gates:
@@ -111,6 +114,8 @@ class Loop:
             # the rest of the prompt's way, and of too many that wait, can't be put off
             if is_over and not seq.is_prompt and seq.num_deferred <= seq.decode.max_deferred:
                 seq.frontier = None
+                num_over += 1
+        self.scheduler.heard(self.stops.index(layer), len(tested), num_over)
 
     def _attended(self, layer: int, h_ND: Tensor, rows: PassRows, sequences: Sequence[Served]) -> Tensor:
         """Takes the rows of those that use the exit through its own layer. Other rows stay as they are."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from eellm.exits.heads import MLPBlock
 from eellm.exits.lm import EarlyExitLM
 from eellm.infer.attention import PassRows
+from eellm.infer.costs import StepCosts
 from eellm.infer.memory import Memory
 from eellm.infer.packing import Packer
 from eellm.infer.weights import Matrix, Quantize
@@ -56,6 +57,8 @@ class Network:
                 body = PackedMLP(exit.body.norm, exit.body.mlp, packer, f"{name}.body")
             self.heads[exit_config.layer] = PackedHead(body, norm, matrix, exit.gate)
         self.num_bytes = packer.num_bytes
+        self.costs: StepCosts | None = None
+        """What its parts take here, once somebody has measured it."""
 
     @property
     def device(self) -> torch.device:

@@ -38,9 +38,9 @@ def read(network: Network, layer: int, z_ND: Tensor, policies: Sequence[str]) ->
     policies: each row's. Under `gate` the score isn't the logits' to tell; it is 1 (the final exit agrees with itself).
     """
     logits_NV = network.logits(layer, z_ND)
-    top = logits_NV.max(dim=-1)
-    logprobs_N = top.values - logits_NV.logsumexp(-1)
-    columns = [logprobs_N.double(), top.indices.double()]
+    tokens_N1 = logits_NV.max(dim=-1, keepdim=True).indices
+    logprobs_N = logits_NV.log_softmax(-1).gather(-1, tokens_N1)[:, 0]
+    columns = [logprobs_N.double(), tokens_N1[:, 0].double()]
     named = sorted(set(policies) - {"gate", "max_prob"})
     columns += [SCORES[policy](logits_NV).double() for policy in named]
     columns.append(logprobs_N.exp().clamp(max=1).double())

@@ -9,6 +9,9 @@ by an exit, go on with their next token. Rows of a long prompt come a chunk at a
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from eellm.infer.costs import StepCosts
+from eellm.infer.drafts import Acceptance
+from eellm.infer.guard import SplitRule
 from eellm.infer.sequence import Sequence
 
 
@@ -29,6 +32,10 @@ class Scheduler:
         """max_prompt_rows: rows of prompts in a pass while others decode; alone they may be twice as many."""
         self.max_prompt_rows = max_prompt_rows
         self.max_wait = max_wait
+        self.costs: StepCosts | None = None
+        """What passes take here, once that was measured."""
+        self._answered: dict[int, Acceptance] = {}
+        self._rules: dict[int, SplitRule] = {}
 
     def plan(self, sequences: Iterable[Sequence], tick: int) -> StepPlan | None:
         """None: there is nothing to do."""
@@ -44,16 +51,37 @@ class Scheduler:
             return StepPlan(stop=stop, sequences=chosen, num_enter=[0] * len(chosen))
         return self._entering(chosen, alone=len(ready) == 1)
 
+    def heard(self, stop: int, num_tested: int, num_answered: int) -> None:
+        """What became of a pass's tests at the stop with that index."""
+        known = self._answered.setdefault(stop, Acceptance(prior=0.5, memory=256))
+        for number in range(num_tested):
+            known.update(1, int(number < num_answered))
+
     def _stop(self, ready: dict[int, list[Sequence]], tick: int) -> int:
-        """The deep rows go when they have waited long enough, or are no fewer than those ready for a new token."""
-        deepest_first = sorted(ready, reverse=True)
-        for stop in deepest_first:
-            if min(seq.ready_since for seq in ready[stop]) + self.max_wait <= tick:
+        """The deepest rows that have waited long enough, or whose going brings more tokens a second than letting the
+        others go on alone."""
+        *deep_first, shallowest = sorted(ready, reverse=True)
+        for stop in deep_first:
+            waited = tick - min(seq.ready_since for seq in ready[stop])
+            num_ready = sum(len(ready[before]) for before in ready if before < stop)
+            if not self._split_pays(stop, num_ready, len(ready[stop]), waited):
                 return stop
-        for stop in deepest_first:
-            if len(ready[stop]) >= sum(len(ready[before]) for before in ready if before < stop):
-                return stop
-        return deepest_first[-1]
+        return shallowest
+
+    def _split_pays(self, stop: int, num_ready: int, num_waiting: int, ticks_waited: int) -> bool:
+        """Whether those ready for less go first. While costs aren't known: as long as they are more."""
+        if ticks_waited >= self.max_wait:
+            return False
+        if self.costs is None or stop - 1 not in self._answered:
+            return num_ready > num_waiting
+        if stop not in self._rules:
+            self._rules[stop] = SplitRule(self.costs, self.costs.stops[stop - 1], max_wait=self.max_wait)
+        return self._rules[stop].split_pays(
+            self._answered[stop - 1].probability,
+            num_ready=num_ready,
+            num_waiting=num_waiting,
+            ticks_waited=ticks_waited,
+        )
 
     def _entering(self, chosen: list[Sequence], *, alone: bool) -> StepPlan:
         """All that decode enter; of prompts as many rows as the chunk has room for, the longest waiting first."""

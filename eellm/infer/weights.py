@@ -4,16 +4,20 @@
 
 On a CPU, float32 weights are kept in oneDNN's own order: it multiplies a few rows at the rate of memory, where the
 plain product takes several times that (docs/log.md). Small matrices with one row are quicker plain. All else is
-plain.
+plain. Quantised weights stay in 8 or 4 bits and are multiplied by torch's packed kernels.
+What these kernels make of a row doesn't depend on the rows beside it. The names of torch's that begin with `_`, and
+`torch.ops.onednn`, are used in this file alone; where a release lacks one, weights stay as they are.
 """
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Quantize = Literal["int8", "int4"]
+from eellm.errors import ConfigError
+from eellm.infer.quantize import GROUP_SIZE, Quantize, QuantizeCache, Rounded, round_weight
+
 SMALL = 1 << 16
 """Elements below which one row is multiplied plainly: a call of oneDNN's takes 20 µs whatever its size."""
 ROWS_HINT = 8
@@ -29,13 +33,45 @@ class Matrix(Protocol):
         ...
 
 
-def pack(weight_OI: Tensor, bias_O: Tensor | None = None, *, quantize: Quantize | None = None) -> Matrix:
-    """The weight in the form that this machine multiplies fastest with."""
+def pack(
+    weight_OI: Tensor,
+    bias_O: Tensor | None = None,
+    *,
+    quantize: Quantize | None = None,
+    cache: QuantizeCache | None = None,
+) -> Matrix:
+    """The weight in the form that this machine multiplies fastest with.
+
+    quantize: round it to so many bits. Weights that the kernels can't take stay as they are: under int4 those whose
+    inputs aren't a multiple of 32 or whose outputs aren't of 16. cache: where rounded weights are looked up and kept.
+    Raises ConfigError for `quantize` on another device than the CPU.
+    """
     weight_OI = weight_OI.detach()
     bias_O = None if bias_O is None else bias_O.detach()
-    if weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    if quantize is not None and weight_OI.device.type != "cpu":
+        raise ConfigError(f"quantize = {quantize!r}: only on the CPU, and the model is on {weight_OI.device}")
+    kind = None if quantize is None else _quantized_kind(weight_OI, quantize)
+    if kind is not None and quantize is not None:
+        rounded = round_weight(weight_OI, quantize) if cache is None else cache.rounded(weight_OI, quantize)
+        return kind(rounded, bias_O)
+    on_cpu = weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32
+    if on_cpu and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return OneDNN(weight_OI, bias_O)
     return Plain(weight_OI, bias_O)
+
+
+def _quantized_kind(weight_OI: Tensor, quantize: Quantize) -> "type[Int4 | Int8 | Int8Simple] | None":
+    """What multiplies with the rounded weight here. None: nothing can."""
+    num_outputs, num_inputs = weight_OI.shape
+    if quantize == "int4":
+        fits = num_outputs % 16 == 0 and num_inputs % GROUP_SIZE == 0
+        return Int4 if fits and hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu") else None
+    able = torch.cpu.get_capabilities()
+    # NOTE without these instructions oneDNN adds pairs of products in 16 bits, and they overflow
+    if (able.get("avx512_vnni") or able.get("avx_vnni")) and hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        return Int8
+    # NOTE the kernel reads inputs by 16, beyond the end of the weight where they aren't a multiple
+    return Int8Simple if num_inputs % 16 == 0 and hasattr(torch.ops.aten, "_weight_int8pack_mm") else None
 
 
 class Plain:
@@ -58,3 +94,70 @@ class OneDNN:
         if self.small_OI is not None and len(x_NI) == 1:
             return F.linear(x_NI, self.small_OI, self.bias_O)
         return torch.ops.mkldnn._linear_pointwise(x_NI, self.packed, self.bias_O, "none", [], "")
+
+
+class Quantized:
+    """What quantised matrices have in common: any leading dims, any dtype of x, a bias added at the end."""
+
+    def __init__(self, rounded: Rounded, bias_O: Tensor | None) -> None:
+        self.bias_O = bias_O
+        self.num_bytes = rounded.codes.nbytes + rounded.scales.nbytes
+
+    def __call__(self, x_NI: Tensor) -> Tensor:
+        if x_NI.dim() != 2:
+            return self(x_NI.reshape(-1, x_NI.shape[-1])).unflatten(0, x_NI.shape[:-1])
+        y_NO = self.product(x_NI).to(x_NI.dtype)
+        return y_NO if self.bias_O is None else y_NO.add_(self.bias_O)
+
+    def product(self, x_NI: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Int8(Quantized):
+    """Products of integers, exact until they are scaled: weights of 8 bits, x of 16 as two rows of 8.
+
+    x is rounded to 1/32512 of its row's largest magnitude, which is finer than bfloat16 but for values below 1/256 of
+    that. v = 256 · high + low, both from -127 to 128, is multiplied as two rows of bytes that stand for -128 to 127.
+    """
+
+    def __init__(self, rounded: Rounded, bias_O: Tensor | None) -> None:
+        super().__init__(rounded, bias_O)
+        self.packed = torch.ops.onednn.qlinear_prepack(rounded.codes, None)
+        self.scale_O = rounded.scales / 32512
+        self.zero_O = torch.zeros(len(self.scale_O), dtype=torch.int32)
+        self.offset = torch.tensor(256 * 128 + 128 + 0.5)  # the conversion to integers cuts off
+
+    def product(self, x_NI: Tensor) -> Tensor:
+        x_NI = x_NI.float()
+        largest_N1 = x_NI.abs().amax(-1, keepdim=True)
+        # a row of zeros becomes NaN, then any integers, and is multiplied by 0 in the end
+        v_NI = torch.add(self.offset, x_NI / largest_N1, alpha=32512).to(torch.uint16)
+        bytes_2NI = v_NI.view(torch.uint8).unflatten(1, (-1, 2)).permute(2, 0, 1).reshape(-1, x_NI.shape[1])
+        y_2NO = torch.ops.onednn.qlinear_pointwise(
+            bytes_2NI, 1.0, 128, self.packed, self.scale_O, self.zero_O, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        low_NO, high_NO = y_2NO.chunk(2)
+        return torch.add(low_NO, high_NO, alpha=256).mul_(largest_N1)
+
+
+class Int8Simple(Quantized):
+    """For processors without instructions for 8-bit products: x in bfloat16."""
+
+    def __init__(self, rounded: Rounded, bias_O: Tensor | None) -> None:
+        super().__init__(rounded, bias_O)
+        self.codes_OI, self.scale_O = rounded.codes, rounded.scales.bfloat16()
+
+    def product(self, x_NI: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int8pack_mm(x_NI.bfloat16(), self.codes_OI, self.scale_O)
+
+
+class Int4(Quantized):
+    """x in bfloat16: with float32 the kernel is slower than a float32 weight."""
+
+    def __init__(self, rounded: Rounded, bias_O: Tensor | None) -> None:
+        super().__init__(rounded, bias_O)
+        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(rounded.unpacked(), 2)
+        self.scales_GO2 = rounded.scales
+
+    def product(self, x_NI: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x_NI.bfloat16(), self.packed, GROUP_SIZE, self.scales_GO2)

@@ -22,7 +22,7 @@ def test_seconds_are_interpolated_between_what_was_measured_and_go_on_as_steeply
 @given(
     rows=st.lists(st.integers(1, 100), min_size=1, max_size=6, unique=True).map(sorted),
     data=st.data(),
-    asked=st.lists(st.integers(0, 300), min_size=1),
+    asked=st.lists(st.integers(0, 300) | st.just(5_000_000), min_size=1),
 )
 def test_many_numbers_of_rows_at_once_are_the_same(rows, data, asked):
     seconds = data.draw(st.lists(st.floats(0.1, 9.0), min_size=len(rows), max_size=len(rows)))

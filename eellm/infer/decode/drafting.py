@@ -1,36 +1,143 @@
-"""How much a sequence drafts in its next round, and by whom."""
+"""How much a sequence drafts in its next round, and by whom: what was right so far, against what it costs.
+
+Every drafter, an exit or looking up, has a running estimate of how likely its drafts are right. Each round takes the
+one that makes tokens fastest by the measured costs, with the length that does; none, where plain decoding is as fast.
+Then a round is drafted all the same now and then, so that the estimates don't go stale (field notes C2).
+"""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
+from eellm.infer.costs import StepCosts
+from eellm.infer.drafts import Acceptance, DraftPlan, best_draft, best_lookup
 from eellm.infer.lookup import PromptLookup
+
+MARGIN = 0.03
+"""How much faster than plain decoding drafting must be, under the guard."""
+PROBE_EVERY = 48
+"""Rounds without a draft, after which one is drafted to see."""
+GRID = 32
+"""Probabilities are rounded to multiples of a thirty-second, so that plans are worked out once."""
+
+
+class Drafters:
+    """What all sequences of an engine have found out about drafting: where a new one starts from."""
+
+    def __init__(self, costs: StepCosts) -> None:
+        self.costs = costs
+        self.batch_size = 1
+        """Sequences that are running: they share a pass."""
+        *exits, last = costs.stops
+        self.right = {layer: Acceptance() for layer in exits} | {last: Acceptance(prior=0.4)}
+        """By the exit that drafts; the last layer's are the looked up ones."""
+        self.sure = {layer: Acceptance(prior=0.5) for layer in exits}
+        """How often an exit is sure enough of a row to draft."""
+        self.plan_exit = lru_cache(maxsize=4096)(self._plan_exit)
+        self.plan_lookup = lru_cache(maxsize=4096)(self._plan_lookup)
+
+    def _plan_exit(
+        self, layer: int, right: int, sure: int, max_draft: int, batch_size: int, margin: float
+    ) -> DraftPlan:
+        return best_draft(
+            right / GRID,
+            self.costs,
+            layer,
+            max_draft,
+            sure=max(sure, 1) / GRID,
+            batch_size=batch_size,
+            margin=margin,
+        )
+
+    def _plan_lookup(self, right: int, max_draft: int, batch_size: int, margin: float) -> DraftPlan:
+        return best_lookup(right / GRID, self.costs, max_draft, batch_size=batch_size, margin=margin)
 
 
 class Drafting:
-    """A fixed length, by all exits; looked up first where the words were there before."""
+    """One sequence's."""
 
-    def __init__(self, prompt: Sequence[int], *, max_draft: int, lookup: bool) -> None:
+    def __init__(
+        self, drafters: Drafters, prompt: Sequence[int], *, max_draft: int, lookup: bool, is_guarded: bool
+    ) -> None:
+        """is_guarded: whether to decode plainly where drafts don't pay."""
+        self.drafters = drafters
+        self.margin = MARGIN if is_guarded else -1.0
         self.max_draft = max_draft
+        self.right = {layer: Acceptance(known.probability) for layer, known in drafters.right.items()}
+        self.sure = {layer: Acceptance(known.probability) for layer, known in drafters.sure.items()}
         self.lookup = PromptLookup(prompt) if lookup else None
         self.num_known = len(prompt)
+        self.idle_rounds = 0
         self.num_drafts = 0
         """Of this round, at the most."""
         self.bonus = False
         """Whether the last draft's own row goes along, for a token more if all are right."""
+        self.layer = 0
+        """Of the exit that drafts in this round; 0: none."""
 
-    def exits(self, thresholds: Mapping[int, float]) -> Mapping[int, float]:
-        """Those that draft in this round."""
-        return thresholds
+    def begin(self, tokens: Sequence[int], most: int, exits: Mapping[int, float]) -> list[int]:
+        """Starts a round of at most `most` drafts by one of the exits; returns those that are looked up instead."""
+        most = min(self.max_draft, most)
+        self.num_drafts, self.bonus, self.layer = 0, False, 0
+        found = self._look_up(tokens, most)
+        if most < 1 or not (found or exits):
+            return []
+        plans = self._plans(most, exits, looked_up=bool(found))
+        best = min(plans, key=lambda plan: plan.seconds_per_token)
+        if best.num_drafts == 0:
+            self.idle_rounds += 1
+            if self.idle_rounds < PROBE_EVERY:
+                return []
+            best = self._probe(exits, looked_up=bool(found))
+        self.idle_rounds = 0
+        self.num_drafts = best.num_drafts
+        if best.layer == self.drafters.costs.num_layers:
+            return found[: best.num_drafts]
+        self.layer, self.bonus = best.layer, best.bonus
+        return []
 
-    def begin(self, tokens: Sequence[int], most: int) -> list[int]:
-        """Starts a round of at most `most` drafts; returns those that are looked up."""
-        looked_up: list[int] = []
-        if self.lookup is not None:
-            for token in tokens[self.num_known :]:
-                self.lookup.append(token)
-            self.num_known = len(tokens)
-            looked_up = self.lookup.draft(min(self.max_draft, most)) if most > 0 else []
-        self.num_drafts = len(looked_up) or max(0, min(self.max_draft, most))
-        return looked_up
+    def _look_up(self, tokens: Sequence[int], most: int) -> list[int]:
+        if self.lookup is None:
+            return []
+        for token in tokens[self.num_known :]:
+            self.lookup.append(token)
+        self.num_known = len(tokens)
+        return self.lookup.draft(most) if most > 0 else []
+
+    def _plans(self, most: int, exits: Mapping[int, float], *, looked_up: bool) -> list[DraftPlan]:
+        drafters, last = self.drafters, self.drafters.costs.num_layers
+        plans = [
+            drafters.plan_exit(
+                layer,
+                _rounded(self.right[layer]),
+                _rounded(self.sure[layer]),
+                most,
+                drafters.batch_size,
+                self.margin,
+            )
+            for layer in exits
+        ]
+        if looked_up:
+            plans.append(drafters.plan_lookup(_rounded(self.right[last]), most, drafters.batch_size, self.margin))
+        return plans
+
+    def _probe(self, exits: Mapping[int, float], *, looked_up: bool) -> DraftPlan:
+        """One draft, by whoever has been right most often."""
+        last = self.drafters.costs.num_layers
+        candidates = [*exits, last] if looked_up else [*exits]
+        layer = max(candidates, key=lambda layer: self.right[layer].probability)
+        return DraftPlan(num_drafts=1, bonus=layer == last, layer=layer, seconds_per_token=0.0)
+
+    def tested(self, layer: int, is_sure: bool) -> None:
+        """Whether the exit was sure enough of a row to draft."""
+        for known in (self.sure[layer], self.drafters.sure[layer]):
+            known.update(1, int(is_sure))
 
     def judged(self, layers: Sequence[int], num_right: int) -> None:
-        """How the round ended. layers: of the drafts; the last layer for those looked up."""
+        """How the round ended. layers: of the drafts, all by the same one; the last layer for those looked up."""
+        if layers:
+            for known in (self.right[layers[0]], self.drafters.right[layers[0]]):
+                known.update(len(layers), num_right)
+
+
+def _rounded(known: Acceptance) -> int:
+    return round(known.probability * GRID)

@@ -1,15 +1,53 @@
-"""From a request to the method that serves it."""
+"""From a request to the method that serves it, with what the engine's other requests have found out."""
 
+from collections.abc import Callable
+
+from eellm.infer.costs import StepCosts
 from eellm.infer.decode.base import Decode
-from eellm.infer.decode.drafting import Drafting
+from eellm.infer.decode.drafting import Drafters, Drafting
 from eellm.infer.decode.early import Early
+from eellm.infer.decode.guarded import ExitShares, GuardedEarly
 from eellm.infer.decode.speculative import Speculative
 from eellm.infer.request import Request
 
 
-def make_decode(request: Request) -> Decode:
-    options = request.options
-    if options.method == "speculative":
-        drafting = Drafting(request.tokens, max_draft=options.max_draft, lookup=options.lookup)
-        return Speculative(request.thresholds, drafting, max_deferred=options.max_deferred, typical=options.typical)
-    return Early(request.thresholds, max_deferred=options.max_deferred)
+class Methods:
+    """An engine's methods. Costs are asked for when the first request needs them."""
+
+    def __init__(self, costs: Callable[[], StepCosts]) -> None:
+        self._costs = costs
+        self._drafters: Drafters | None = None
+        self._shares: dict[object, ExitShares] = {}
+
+    def serve(self, request: Request) -> Decode:
+        """`auto` is speculation, which loses nothing, or with a threshold early exit; both as far as they pay."""
+        options = request.options
+        if options.method == "speculative" or (options.method == "auto" and options.threshold is None):
+            if self._drafters is None:
+                self._drafters = Drafters(self._costs())
+            drafting = Drafting(
+                self._drafters,
+                request.tokens,
+                max_draft=options.max_draft,
+                lookup=options.lookup,
+                is_guarded=options.method == "auto",
+            )
+            return Speculative(request.thresholds, drafting, max_deferred=options.max_deferred, typical=options.typical)
+        if options.method == "auto" and request.thresholds:
+            return GuardedEarly(request.thresholds, self._shares_of(request), max_deferred=options.max_deferred)
+        return Early(request.thresholds, max_deferred=options.max_deferred)
+
+    def running(self, num_sequences: int) -> None:
+        """So many sequences share the passes from now on."""
+        for known in (self._drafters, *self._shares.values()):
+            if known is not None:
+                known.batch_size = max(1, num_sequences)
+
+    def _shares_of(self, request: Request) -> ExitShares:
+        options = request.options
+        key = (tuple(request.thresholds.items()), options.policy, options.max_deferred)
+        if key not in self._shares:
+            self._shares[key] = ExitShares(
+                self._costs(), request.thresholds, options.max_deferred, gated=options.policy == "gate"
+            )
+        return self._shares[key]

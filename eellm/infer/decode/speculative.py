@@ -50,9 +50,10 @@ class Speculative:
 
     def exits(self, seq: Served) -> Mapping[int, float]:
         """The newest row is tested until enough is drafted. The prompt's rows and looked up ones draft nothing."""
-        if seq.is_prompt or len(self.drafts) >= self.drafting.num_drafts:
+        layer = self.drafting.layer
+        if seq.is_prompt or layer == 0 or len(self.drafts) >= self.drafting.num_drafts:
             return {}
-        return self.drafting.exits(self.thresholds)
+        return {layer: self.thresholds[layer]}
 
     def at_exit(self, seq: Served, reading: Reading) -> bool:
         if seq.sampler.takes_likeliest:
@@ -81,7 +82,8 @@ class Speculative:
             correction = None
             if len(readings) > len(self.drafts):  # the last row drafted nothing
                 correction = self._own(seq, readings[len(self.drafts)])
-        self._record(seq, num_right)
+        if not seq.is_prompt:
+            self._record(seq, num_right)
         seq.crop(seq.passed[0] - len(readings) + min(num_right + 1, len(readings)))
         for draft, reading in zip(self.drafts[:num_right], readings, strict=False):
             seq.sampler.accept(draft.token)
@@ -119,16 +121,22 @@ class Speculative:
         return seq.sampler.draw_from(p_V)
 
     def _record(self, seq: Served, num_right: int) -> None:
+        """What the round says of its drafter."""
         seq.work.drafted += len(self.drafts)
         seq.work.accepted += num_right
         self.drafting.judged([draft.layer for draft in self.drafts], num_right)
+        if self.drafting.layer:
+            for _ in self.drafts:
+                self.drafting.tested(self.drafting.layer, True)
+            if len(self.drafts) < self.drafting.num_drafts:  # the last row could have drafted
+                self.drafting.tested(self.drafting.layer, False)
 
     def _begin(self, seq: Served) -> None:
         """Starts a round with the last token emitted."""
         if seq.finish_reason is not None:
             return
         most = min(seq.room - 1, self.max_deferred - 1)
-        looked_up = self.drafting.begin(seq.tokens, most)
+        looked_up = self.drafting.begin(seq.tokens, most, self.thresholds)
         self.drafts = [Draft(token, seq.stops[-1], None) for token in looked_up]
         self.num_rows = 1 + len(looked_up)
         seq.pending = [seq.tokens[-1], *looked_up]

@@ -1,0 +1,55 @@
+"""A client's end of a request."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from eellm.infer.request import Request
+from eellm.infer.result import Generation, Stats, Token
+from eellm.infer.sequence import Sequence
+
+if TYPE_CHECKING:
+    from eellm.infer.engine import Engine
+
+
+class Handle(Iterator[Token]):
+    """One request: iterating it yields its tokens, once, and drives the engine while there is none."""
+
+    def __init__(self, engine: "Engine", seq: Sequence) -> None:
+        self._engine = engine
+        self._seq = seq
+
+    def __next__(self) -> Token:
+        with self._engine.lock:
+            while not self._seq.new:
+                if self._seq.finish_reason is not None:
+                    raise StopIteration
+                self._engine.step()
+            return self._seq.new.popleft()
+
+    @property
+    def request(self) -> Request:
+        return self._seq.request
+
+    @property
+    def finish_reason(self) -> str | None:
+        """None while it runs; see `Generation`."""
+        return self._seq.finish_reason
+
+    @property
+    def exits(self) -> list[int]:
+        """Of the tokens so far."""
+        return [token.exit for token in self._seq.emitted]
+
+    def cancel(self) -> None:
+        """Ends the request; its slot is free at once."""
+        self._engine.cancel(self._seq)
+
+    def stats(self) -> Stats:
+        """What it cost so far."""
+        return self._seq.stats()
+
+    def result(self) -> Generation:
+        """Runs it to its end; all tokens, those that were taken already among them."""
+        for _ in self:
+            pass
+        return self._seq.generation()
