@@ -1,10 +1,10 @@
 """What a user asks of generation: sampling, the method, the exit rule. Plain numbers, no torch."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal
+from typing import Any, Literal
 
 from eellm.config.check import check_at_least, check_fraction, check_literals, check_numbers
 from eellm.errors import ConfigError
@@ -89,6 +89,15 @@ class GenerateConfig:
             raise ConfigError(f"stop = {self.stop!r}: must be a tuple of strings")
         if "" in self.stop:
             raise ConfigError("stop = '': an empty stop string would end every text at once")
+
+
+def generate_config(*, exits: Iterable[int] | None = None, stop: Iterable[str] = (), **fields: Any) -> GenerateConfig:
+    """Options by name, as people write them: lists for tuples, one stop string without a list."""
+    return GenerateConfig(
+        exits=None if exits is None else tuple(exits),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        **fields,
+    )
 
 
 def _check_threshold(value: object) -> None:

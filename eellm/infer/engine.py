@@ -8,14 +8,14 @@ thread; a lock lets several threads iterate.
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from eellm.checkpoint.hf import load
-from eellm.config.infer import GenerateConfig
+from eellm.config.infer import GenerateConfig, generate_config
 from eellm.errors import RequestError
 from eellm.exits.lm import EarlyExitLM
 from eellm.infer.costs import StepCosts
@@ -25,10 +25,11 @@ from eellm.infer.loop import Loop
 from eellm.infer.measure import measured
 from eellm.infer.memory import Memory
 from eellm.infer.network import network_of
-from eellm.infer.request import Prompt, make_request
+from eellm.infer.request import Prompt, make_request, make_scoring
 from eellm.infer.result import Generation
 from eellm.infer.sampling import Sampler
 from eellm.infer.scheduler import Scheduler
+from eellm.infer.score import Score, score
 from eellm.infer.sequence import Sequence
 from eellm.infer.slots import Slots
 from eellm.infer.weights import Quantize
@@ -131,6 +132,22 @@ class Engine:
         finally:
             for handle in handles:
                 handle.cancel()
+
+    def score(
+        self, texts: SequenceOf[Prompt | tuple[Prompt, Prompt]], *, exit: int | None = None, **fields: Any
+    ) -> list[Score]:
+        """Log-likelihood of each text but its first token, given what comes before; of a pair (context, continuation)
+        that of the continuation.
+
+        At full depth; at the exit of layer `exit`; or, with a `policy` or `threshold` (and `exits`, as in `submit`),
+        each token at the exit that it would take. Raises RequestError for a text that can't be scored.
+        """
+        scored = []
+        for text in texts:
+            request, first = make_scoring(self.model, text, exit, fields)
+            options = request.options
+            scored.append(score(self.network, request.tokens, first, request.thresholds, options.policy))
+        return scored
 
     def step(self) -> bool:
         """One tick for everyone. Returns whether there was anything to do."""
@@ -261,12 +278,3 @@ def check_prompts(prompts: SequenceOf[Prompt]) -> SequenceOf[Prompt]:
     if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | Mapping)):
         raise RequestError("prompts must be a list of prompts; put the single one in a list")
     return prompts
-
-
-def generate_config(*, exits: Iterable[int] | None = None, stop: Iterable[str] = (), **fields: Any) -> GenerateConfig:
-    """Options by name, as people write them: lists for tuples, one stop string without a list."""
-    return GenerateConfig(
-        exits=None if exits is None else tuple(exits),
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
-        **fields,
-    )

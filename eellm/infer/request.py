@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from eellm.config.infer import GenerateConfig, thresholds_by_layer
+from eellm.config.infer import GenerateConfig, generate_config, thresholds_by_layer
 from eellm.errors import ConfigError, RequestError
 from eellm.exits.lm import EarlyExitLM
 from eellm.text.tokenizer import Tokenizer
@@ -37,14 +37,34 @@ def make_request(model: EarlyExitLM, prompt: Prompt, options: GenerateConfig) ->
         )
     if options.stop and model.tokenizer is None:
         raise RequestError("stop strings need a tokenizer, and the model has none")
-    thresholds = thresholds_by_layer(options, model.config.exit_layers) if options.method != "full" else {}
-    if options.policy == "gate":
-        for layer in thresholds:
-            if model.exit(layer).gate is None:
-                raise ConfigError(
-                    f"policy = 'gate': the exit at layer {layer} has no gate; tune one, or use 'max_prob'"
-                )
-    return Request(tokens=tokens, thresholds=thresholds, options=options)
+    return Request(tokens=tokens, thresholds=_thresholds(model, options), options=options)
+
+
+def make_scoring(
+    model: EarlyExitLM, text: "Prompt | tuple[Prompt, Prompt]", exit: int | None, fields: Mapping[str, Any]
+) -> tuple[Request, int]:
+    """What is to be scored, and the index of its first token that is.
+
+    exit: the layer of the one exit that all tokens take. fields: of the exit policy; none: full depth.
+    Raises RequestError for a text that can't be scored, ConfigError for an exit that the model doesn't have.
+    """
+    if exit is not None and fields:
+        raise RequestError(f"exit = {exit} takes one exit for all tokens; leave out {', '.join(fields)}")
+    if exit == model.config.num_layers:
+        exit = None
+    if exit is not None:
+        fields = {"exits": (exit,), "threshold": 0.0}
+    options = generate_config(method="early" if fields else "full", **fields)
+    if isinstance(text, tuple) and len(text) == 2 and not isinstance(text[0], int):
+        context, continuation = (prompt_tokens(model, cast("Prompt", part)) for part in text)
+        tokens, first = [*context, *continuation], len(context)
+    else:
+        tokens, first = prompt_tokens(model, cast("Prompt", text)), 1
+    if len(tokens) < 2:
+        raise RequestError("a text of one token has nothing to score: the first token is given")
+    if len(tokens) > model.config.max_seq_len + 1:
+        raise RequestError(f"the text has {len(tokens)} tokens; the model's context is {model.config.max_seq_len}")
+    return Request(tokens=tokens, thresholds=_thresholds(model, options), options=options), first
 
 
 def prompt_tokens(model: EarlyExitLM, prompt: Prompt) -> list[int]:
@@ -71,3 +91,14 @@ def _tokenizer(model: EarlyExitLM) -> Tokenizer:
     if model.tokenizer is None:
         raise RequestError("the model has no tokenizer; give the prompt as a list of token ids")
     return model.tokenizer
+
+
+def _thresholds(model: EarlyExitLM, options: GenerateConfig) -> dict[int, float]:
+    thresholds = thresholds_by_layer(options, model.config.exit_layers) if options.method != "full" else {}
+    if options.policy == "gate":
+        for layer in thresholds:
+            if model.exit(layer).gate is None:
+                raise ConfigError(
+                    f"policy = 'gate': the exit at layer {layer} has no gate; tune one, or use 'max_prob'"
+                )
+    return thresholds

@@ -1,0 +1,102 @@
+"""`auto`: speculation or early exit as far as they pay by measured costs, plain decoding where they don't."""
+
+import json
+
+import pytest
+
+import eellm
+from eellm.infer import measure
+from eellm.infer.costs import StepCosts
+from eellm.infer.network import Network, network_of
+from tests.models import oracle, tiny_model
+from tests.step_costs import step_costs
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+
+
+def model_with(**costs):
+    model = tiny_model(seed=4)
+    network_of(model).costs = step_costs((*model.config.exit_layers, 6), **costs)
+    return model
+
+
+def test_without_a_threshold_auto_gives_full_depth_s_tokens():
+    model = model_with(layer_s=1.0, head_s=0.01)
+    (out,) = eellm.generate(model, [PROMPT], method="auto", max_new_tokens=60)
+    assert out.tokens == [row[0] for row in oracle(model, PROMPT, num_tokens=60, thresholds={})]
+    assert out.stats.accepted > 0
+
+
+def test_where_heads_are_dear_nothing_is_drafted_but_a_probe_now_and_then():
+    model = model_with(layer_s=1.0, head_s=50.0, exit_s={6: 1.0})
+    (out,) = eellm.generate(model, [PROMPT], method="auto", lookup=False, max_new_tokens=100)
+    assert out.stats.drafted <= 100 // 48 + 1
+    assert out.stats.layers_run <= 1.03 * out.stats.layers_full
+    (forced,) = eellm.generate(model, [PROMPT], method="speculative", lookup=False, max_new_tokens=100)
+    assert forced.stats.drafted > 20, "who asks for speculation gets it"
+    assert forced.tokens == out.tokens
+
+
+def test_with_a_threshold_exits_that_pay_are_used_and_others_are_not():
+    cheap, dear = model_with(layer_s=1.0, head_s=0.01), model_with(layer_s=1.0, head_s=50.0, exit_s={6: 1.0})
+    options = {"threshold": 0.3, "max_new_tokens": 110}
+    (early,) = eellm.generate(cheap, [PROMPT], method="early", **options)
+    (auto,) = eellm.generate(cheap, [PROMPT], method="auto", **options)
+    assert auto.stats.layers_run < 0.9 * auto.stats.layers_full
+    assert set(auto.exits) <= set(early.exits)
+    (guarded,) = eellm.generate(dear, [PROMPT], method="auto", **options)
+    late = guarded.exits[32:]
+    assert sum(layer < 6 for layer in late) <= len(late) // 32 + 1, (
+        "but for tokens that ask all exits, none leaves early"
+    )
+
+
+def test_costs_are_measured_once_for_a_model_and_kept_in_the_cache_directory(tmp_path, monkeypatch):
+    calls, real = [], measure.measure
+    monkeypatch.setattr(measure, "measure", lambda network: calls.append(1) or real(network))
+    for _ in range(2):
+        model = tiny_model(seed=4)  # another one, with the same weights
+        with eellm.Engine(model, cache_dir=tmp_path) as engine:
+            engine.generate([PROMPT], method="full")
+            assert len(calls) <= 1, "full depth needs no costs"
+            for _ in range(2):
+                engine.generate([PROMPT], method="auto")
+    assert len(calls) == 1
+    (path,) = tmp_path.iterdir()
+    assert StepCosts.from_json(path.read_text()) == network_of(model).costs
+    path.write_text("{")
+    assert isinstance(measure.measured(network_of(model), tmp_path), StepCosts)
+    assert len(calls) == 2
+    assert json.loads(path.read_text())["stops"] == [1, 2, 3, 5, 6]
+
+
+def test_a_cache_directory_that_can_not_be_written_costs_a_warning_only(tmp_path):
+    (tmp_path / "file").write_text("")
+    costs = measure.measured(network_of(tiny_model(seed=4)), tmp_path / "file")
+    assert costs.stops == (1, 2, 3, 5, 6)
+
+
+def test_what_is_measured_is_what_runs(monkeypatch):
+    network = network_of(tiny_model(seed=4))
+    seen = set()
+    run = Network.run
+
+    def watching(self, h_ND, first, last, rows, memory):
+        seen.add((first, last, len(h_ND)))
+        return run(self, h_ND, first, last, rows, memory)
+
+    monkeypatch.setattr(Network, "run", watching)
+    costs = measure.measure(network)
+    rows = costs.segment_s[0].rows
+    assert rows == (1, 2, 4, 8, 16, 32, 64)
+    assert seen == {(first, last, n) for first, last in ((1, 1), (2, 2), (3, 3), (4, 5), (6, 6)) for n in rows}
+    assert set(costs.gate_s) == {1, 2, 3, 5}
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_batches_under_auto_stay_lossless(batch):
+    model = model_with(layer_s=1.0, head_s=0.1)
+    prompts = [PROMPT[: 3 + i] for i in range(batch)]
+    outs = eellm.generate(model, prompts, method="auto", max_new_tokens=40)
+    for out, prompt in zip(outs, prompts, strict=True):
+        assert out.tokens == [row[0] for row in oracle(model, prompt, num_tokens=40, thresholds={})]
