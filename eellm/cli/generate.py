@@ -4,12 +4,12 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 from rich.console import Console
 
-from eellm.cli.options import Layers, Thresholds, parse
+from eellm.cli.options import CACHE_DIR, Layers, Thresholds, parse
 from eellm.cli.show import legend, show_token, summary
 from eellm.config.infer import GenerateConfig, Method, PolicyName, Sampling
 from eellm.errors import RequestError
@@ -34,7 +34,9 @@ class Options:
     max_new_tokens: int = 64
     """Upper bound on the tokens generated."""
     method: Method = "early"
-    """Every token through every layer, or each leaving at the first exit that is sure enough."""
+    """`full`: every token through every layer. `early`: each leaves at the first exit that is sure enough.
+    `speculative`: exits draft, the last one judges; `full`'s tokens. `pipelined`: `early` over several workers.
+    `auto`: what pays here."""
     policy: PolicyName = "max_prob"
     """The score in [0, 1] that says how sure an exit is."""
     threshold: Thresholds = None
@@ -43,6 +45,14 @@ class Options:
     """Layers of the exits in use. Default: all."""
     max_deferred: int = 16
     """Most rows that may wait for their deeper layers."""
+    max_draft: int = 8
+    """Most tokens drafted at a time under `speculative`."""
+    lookup: bool = True
+    """Under `speculative`, draft what followed the same words earlier."""
+    typical: float = 0.0
+    """Above 0, `speculative` also takes drafts with this share of the likeliest token's probability: not lossless."""
+    quantize: Literal["int8", "int4"] | None = None
+    """Weights of 8 or 4 bits (CPU only)."""
     temperature: float = 0.0
     """0: greedy."""
     top_k: int = 0
@@ -71,14 +81,21 @@ def main(args: list[str]) -> None:
     options = parse(Options, args, verb="generate")
     config, text = _config(options), _prompt(options)
     from eellm.checkpoint.hf import load  # here: help and mistakes cost no torch import
-    from eellm.infer.engine import stream
+    from eellm.infer.engine import Engine
 
     model = load(options.model, options.adapter, dtype=options.dtype, device=options.device)
-    run = stream(model, [{"role": "user", "content": text}] if options.chat else text, config)
-    if options.json:
-        print(json.dumps(as_json(run, list(run)), ensure_ascii=False))
-        return
-    num_layers = model.config.num_layers
+    prompt = [{"role": "user", "content": text}] if options.chat else text
+    limit = model.config.max_seq_len
+    with Engine(model, max_batch=1, max_tokens=limit, quantize=options.quantize, cache_dir=CACHE_DIR) as engine:
+        run = engine.submit(prompt, config)
+        if options.json:
+            print(json.dumps(as_json(run, list(run)), ensure_ascii=False))
+        else:
+            _show(run, model.config.num_layers)
+
+
+def _show(run: "Handle", num_layers: int) -> None:
+    """Text as it is made, then where it left."""
     out, err = Console(), Console(stderr=True, soft_wrap=True)
     for token in run:
         show_token(out, token.text, token.exit, num_layers)
@@ -122,6 +139,9 @@ def _config(options: Options) -> GenerateConfig:
         threshold=options.threshold,
         exits=options.exits,
         max_deferred=options.max_deferred,
+        max_draft=options.max_draft,
+        lookup=options.lookup,
+        typical=options.typical,
         sampling=sampling,
         stop=options.stop,
         ignore_eos=options.ignore_eos,

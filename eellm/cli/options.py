@@ -5,6 +5,7 @@ import dataclasses
 import io
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, TypeVar, get_type_hints
 
 import tyro
@@ -13,6 +14,8 @@ from tyro.constructors import PrimitiveConstructorSpec
 from eellm.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
+CACHE_DIR = Path.home() / ".cache" / "eellm"
+"""Where what was measured or rounded on this machine is kept."""
 
 
 def parse(cls: type[T], args: list[str], *, verb: str, default: T | None = None) -> T:

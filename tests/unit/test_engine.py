@@ -1,5 +1,6 @@
 """Many requests at once: whatever mix, each gets what a decoder without any cache gives it alone."""
 
+import gc
 import threading
 
 import pytest
@@ -217,3 +218,35 @@ def test_weights_that_change_are_seen():
     (after,) = eellm.generate(model, [PROMPT], **options)
     assert before.tokens != after.tokens
     assert_is(after, model, PROMPT, options)
+
+
+def test_ten_thousand_requests_leave_nothing_behind():
+    model = tiny_model(
+        seed=0, num_layers=2, exits=(eellm.ExitConfig(layer=1, kind="layer", head="own"),), dtype="float32"
+    )
+    with eellm.Engine(model, max_batch=16) as engine:
+
+        def serve(numbers):
+            options = ({"method": "early", "threshold": 0.1}, {"method": "full"}, {"method": "speculative"})
+            prompts = [[n % 29, n // 29 % 29, n // 841 % 29, *([n % 7] * (n % 30))] for n in numbers]
+            handles = [
+                engine.submit(p, max_new_tokens=1 + n % 3, **options[n % 3])
+                for n, p in zip(numbers, prompts, strict=True)
+            ]
+            for n, handle in zip(numbers, handles, strict=True):
+                if n % 11 == 0:
+                    handle.cancel()
+                handle.result()
+
+        for start in range(0, 2000, 50):
+            serve(range(start, start + 50))
+        gc.collect()
+        before, held = len(gc.get_objects()), engine.stats().memory_bytes
+        for start in range(2000, 10000, 50):
+            serve(range(start, start + 50))
+        gc.collect()
+        stats = engine.stats()
+        assert (stats.num_running, stats.num_waiting, stats.num_free_slots) == (0, 0, 16)
+        assert stats.memory_bytes == held
+        assert len(gc.get_objects()) < before + 500
+        assert engine.slots.num_known_rows <= 16 * 64
