@@ -8,6 +8,7 @@ EellmError
 ├── ScheduleError        the orders of a pipeline schedule can't be run
 ├── DataError            a text or token file is missing, empty or malformed
 ├── RequestError         a prompt or a generation option can't be served
+├── WorkerError          a process that an engine needs has died or hangs; what was running has failed
 └── RunError             a training run can't start or go on (directory in use, nothing to resume, NaN)
 
 Each message says what is wrong, with the offending value, and what to do about it. The command line prints it on
@@ -48,6 +49,10 @@ class DataError(EellmError):
 
 class RequestError(EellmError):
     """A prompt or a generation option can't be served."""
+
+
+class WorkerError(EellmError):
+    """A process that an engine needs has died, hangs or didn't start. Its requests have failed; make a new engine."""
 
 
 class RunError(EellmError):

@@ -86,14 +86,19 @@ class PassRows:
     def _attend_alone(self, q_THE: Tensor, kv_SKCE: Tensor, window: int | None, span: Span) -> Tensor:
         first = 0 if window is None else max(0, span.before + 1 - window)  # no row looks further back
         K = self.num_kv_heads
+        if span.count == 1:  # what decoding one sequence does most: as few steps as can be
+            keys = kv_SKCE[span.slot : span.slot + 1, :K, first : span.end]
+            values = kv_SKCE[span.slot : span.slot + 1, K:, first : span.end]
+            y_1H1E = F.scaled_dot_product_attention(q_THE[:, :, None], keys, values, enable_gqa=q_THE.shape[1] != K)
+            return y_1H1E.view(1, -1)
         kv_KSE = kv_SKCE[span.slot, :, first : span.end]
-        mask = self._mask(self.spans.index(span), window) if span.count > 1 else None
+        mask = self._mask(self.spans.index(span), window)
         y_1HTE = F.scaled_dot_product_attention(
             q_THE.transpose(0, 1)[None],
             kv_KSE[None, :K],
             kv_KSE[None, K:],
             attn_mask=mask,
-            is_causal=mask is None and span.count > 1,
+            is_causal=mask is None,
             enable_gqa=q_THE.shape[1] != K,
         )
         return y_1HTE[0].transpose(0, 1).reshape(span.count, -1)

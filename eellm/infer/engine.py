@@ -74,7 +74,7 @@ class Engine:
         self.memory = Memory(
             self.model.config, self.network.own_layer, dtype=self.network.dtype, device=self.network.device
         )
-        self.scheduler = Scheduler()
+        self.scheduler = Scheduler(self._costs)
         self.loop = Loop(self.network, self.memory, self.scheduler)
         self.methods = Methods(self._costs)
         self.cache_dir = cache_dir
@@ -209,7 +209,6 @@ class Engine:
         """Measured when they are first needed."""
         if self.network.costs is None:
             self.network.costs = measured(self.network, self.cache_dir)
-        self.scheduler.costs = self.network.costs
         return self.network.costs
 
     def _admit(self) -> None:

@@ -16,11 +16,17 @@ from eellm.config.model import ModelConfig
 
 class Memory:
     def __init__(
-        self, config: ModelConfig, own_layer: Iterable[int] = (), *, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        own_layer: Iterable[int] = (),
+        layers: Iterable[int] | None = None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        """own_layer: layers of the exits that attend with a Transformer layer of their own."""
+        """own_layer: layers of the exits that attend with a Transformer layer of their own. layers: unset, all."""
         empty = torch.zeros(0, 2 * config.kv_heads, 0, config.head_size, dtype=dtype, device=device)
-        self.layers: dict[int, Tensor] = dict.fromkeys(range(1, config.num_layers + 1), empty)
+        self.layers: dict[int, Tensor] = dict.fromkeys(layers or range(1, config.num_layers + 1), empty)
         """Keys, then values, along the heads: (S, 2K, C, E), by layer."""
         self.exits: dict[int, Tensor] = dict.fromkeys(own_layer, empty)
         """As `layers`, of the exits."""

@@ -36,37 +36,37 @@ def network_of(model: EarlyExitLM, quantize: Quantize | None = None) -> "Network
 
 
 class Network:
-    def __init__(self, model: EarlyExitLM, quantize: Quantize | None = None) -> None:
-        """Copies the model's weights; quantize: into matrices of so many bits."""
+    def __init__(self, model: EarlyExitLM, quantize: Quantize | None = None, layers: range | None = None) -> None:
+        """Copies the model's weights; quantize: into matrices of so many bits. layers: unset, all; of some, with their
+        exits, the first comes with the embedding and the last with the final exit. What isn't held isn't read."""
         decoder, packer = model.decoder, Packer(quantize)
         self.config = model.config
-        self.embedding_VD = decoder.embed.weight.detach()
-        self.layers = {
-            n: PackedLayer(decoder.layer(n), packer, f"layers.{n}") for n in range(1, self.config.num_layers + 1)
-        }
-        output = packer.pack([decoder.output], "output")
-        self.heads = {self.config.num_layers: PackedHead(None, decoder.norm, output, None)}
-        for exit_config in self.config.exits:
+        held = layers or range(1, self.config.num_layers + 1)
+        self.embedding_VD = decoder.embed.weight.detach() if 1 in held else None
+        self.layers = {n: PackedLayer(decoder.layer(n), packer, f"layers.{n}") for n in held}
+        exits = [exit_config for exit_config in self.config.exits if exit_config.layer in held]
+        is_last = self.config.num_layers in held
+        is_shared = is_last or any(exit_config.head == "tied" for exit_config in exits)
+        output = packer.pack([decoder.output], "output") if is_shared else None
+        self.heads: dict[int, PackedHead] = {}
+        if output is not None and is_last:
+            self.heads[self.config.num_layers] = PackedHead(None, decoder.norm, output, None)
+        for exit_config in exits:
             exit, name = model.exit(exit_config.layer), f"exits.{exit_config.layer}"
             norm = None if exit_config.kind == "embed" else decoder.norm if exit.norm is None else exit.norm
             matrix = output if exit.output is None else packer.pack([exit.output], f"{name}.output")
+            assert matrix is not None, "a shared output matrix is held with the exits that share it"
             body = None
             if isinstance(exit.body, Layer):
                 body = PackedLayer(exit.body, packer, f"{name}.body")
             elif isinstance(exit.body, MLPBlock):
                 body = PackedMLP(exit.body.norm, exit.body.mlp, packer, f"{name}.body")
             self.heads[exit_config.layer] = PackedHead(body, norm, matrix, exit.gate)
+        norm_weight = decoder.layer(held[0]).attn_norm.weight
+        self.device, self.dtype = norm_weight.device, norm_weight.dtype
         self.num_bytes = packer.num_bytes
         self.costs: StepCosts | None = None
         """What its parts take here, once somebody has measured it."""
-
-    @property
-    def device(self) -> torch.device:
-        return self.embedding_VD.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embedding_VD.dtype
 
     @property
     def own_layer(self) -> tuple[int, ...]:
@@ -75,6 +75,7 @@ class Network:
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """(N, D)."""
+        assert self.embedding_VD is not None, "tokens go in where the first layer is"
         return F.embedding(torch.tensor(tokens, device=self.device), self.embedding_VD)
 
     def run(self, h_ND: Tensor, first: int, last: int, rows: PassRows, memory: Memory) -> Tensor:
@@ -120,11 +121,19 @@ class PackedHead:
 
 
 class Norm:
+    """RMSNorm. For few rows the length of a row is quicker to have than torch's own norm (docs/log.md)."""
+
     def __init__(self, norm: RMSNorm) -> None:
         self.size, self.eps, self.weight = norm.size, norm.eps, norm.weight.detach().clone()
+        self.is_exact = self.weight.dtype in (torch.float32, torch.float64)
+        self.eps_1 = torch.full((1,), self.eps, dtype=self.weight.dtype, device=self.weight.device)
+        self.share = 1 / norm.size[0]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.size, self.weight, self.eps)
+        if not self.is_exact:  # lower precisions compute it in float32
+            return F.rms_norm(x, self.size, self.weight, self.eps)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return (x * torch.addcmul(self.eps_1, length, length, value=self.share).rsqrt_()).mul_(self.weight)
 
 
 class PackedMLP:

@@ -6,7 +6,7 @@ by an exit, go on with their next token. Rows of a long prompt come a chunk at a
 `max_wait` ticks.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from eellm.infer.costs import StepCosts
@@ -28,12 +28,12 @@ class StepPlan:
 
 
 class Scheduler:
-    def __init__(self, *, max_prompt_rows: int = 256, max_wait: int = 16) -> None:
-        """max_prompt_rows: rows of prompts in a pass while others decode; alone they may be twice as many."""
+    def __init__(self, costs: Callable[[], StepCosts], *, max_prompt_rows: int = 256, max_wait: int = 16) -> None:
+        """costs: what passes take here; asked for when it first matters. max_prompt_rows: rows of prompts in a pass
+        while others decode; alone they may be twice as many. max_wait: ticks."""
         self.max_prompt_rows = max_prompt_rows
         self.max_wait = max_wait
-        self.costs: StepCosts | None = None
-        """What passes take here, once that was measured."""
+        self._costs = costs
         self._answered: dict[int, Acceptance] = {}
         self._rules: dict[int, SplitRule] = {}
 
@@ -69,13 +69,14 @@ class Scheduler:
         return shallowest
 
     def _split_pays(self, stop: int, num_ready: int, num_waiting: int, ticks_waited: int) -> bool:
-        """Whether those ready for less go first. While costs aren't known: as long as they are more."""
+        """Whether those ready for less go first."""
         if ticks_waited >= self.max_wait:
             return False
-        if self.costs is None or stop - 1 not in self._answered:
-            return num_ready > num_waiting
+        if stop - 1 not in self._answered:  # none was tested there: none comes out of a shallow pass with a token
+            return False
         if stop not in self._rules:
-            self._rules[stop] = SplitRule(self.costs, self.costs.stops[stop - 1], max_wait=self.max_wait)
+            costs = self._costs()
+            self._rules[stop] = SplitRule(costs, costs.stops[stop - 1], max_wait=self.max_wait)
         return self._rules[stop].split_pays(
             self._answered[stop - 1].probability,
             num_ready=num_ready,
