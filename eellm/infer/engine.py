@@ -25,6 +25,7 @@ from eellm.infer.loop import Loop
 from eellm.infer.measure import measured
 from eellm.infer.memory import Memory
 from eellm.infer.network import network_of
+from eellm.infer.quantize import Quantize
 from eellm.infer.request import Prompt, make_request, make_scoring
 from eellm.infer.result import Generation
 from eellm.infer.sampling import Sampler
@@ -32,7 +33,6 @@ from eellm.infer.scheduler import Scheduler
 from eellm.infer.score import Score, score
 from eellm.infer.sequence import Sequence
 from eellm.infer.slots import Slots
-from eellm.infer.weights import Quantize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class Engine:
         and values grows as needed, up to max_batch times that. quantize: matrices of 8 or 4 bits (CPU only).
         cache_dir: where what was measured on this machine is kept for the next engine."""
         self.model = load(model) if isinstance(model, str | Path) else model
-        self.network = network_of(self.model, quantize)
+        self.network = network_of(self.model, quantize, cache_dir)
         self.memory = Memory(
             self.model.config, self.network.own_layer, dtype=self.network.dtype, device=self.network.device
         )

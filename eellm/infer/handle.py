@@ -19,12 +19,13 @@ class Handle(Iterator[Token]):
         self._seq = seq
 
     def __next__(self) -> Token:
-        with self._engine.lock:
-            while not self._seq.new:
+        while True:
+            with self._engine.lock:  # given back at every tick, so that another thread can cancel
+                if self._seq.new:
+                    return self._seq.new.popleft()
                 if self._seq.finish_reason is not None:
                     raise StopIteration
                 self._engine.step()
-            return self._seq.new.popleft()
 
     @property
     def request(self) -> Request:

@@ -7,6 +7,7 @@ Shapes: N rows, D hidden, H query heads, K key/value heads, E head width, V voca
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,48 +20,55 @@ from eellm.infer.attention import PassRows
 from eellm.infer.costs import StepCosts
 from eellm.infer.memory import Memory
 from eellm.infer.packing import Packer
-from eellm.infer.weights import Matrix, Quantize
+from eellm.infer.quantize import Quantize
+from eellm.infer.weights import Matrix
 from eellm.model.layers import MLP, Layer, RMSNorm
 
 # a memo: what is in it follows from the model's weights, and goes when the model goes
 _NETWORKS: WeakKeyDictionary[EarlyExitLM, dict[Quantize | None, tuple[object, "Network"]]] = WeakKeyDictionary()
 
 
-def network_of(model: EarlyExitLM, quantize: Quantize | None = None) -> "Network":
-    """The model's network; made anew when its weights have changed since."""
+def network_of(model: EarlyExitLM, quantize: Quantize | None = None, cache_dir: Path | None = None) -> "Network":
+    """The model's network; made anew when its weights have changed since. cache_dir: where rounded weights are kept."""
     state = tuple((name, p.data_ptr(), p._version) for name, p in model.named_parameters())
     made = _NETWORKS.setdefault(model, {})
     if quantize not in made or made[quantize][0] != state:
-        made[quantize] = (state, Network(model, quantize))
+        made[quantize] = (state, Network(model, quantize, cache_dir=cache_dir))
     return made[quantize][1]
 
 
 class Network:
-    def __init__(self, model: EarlyExitLM, quantize: Quantize | None = None, layers: range | None = None) -> None:
+    def __init__(
+        self,
+        model: EarlyExitLM,
+        quantize: Quantize | None = None,
+        layers: range | None = None,
+        cache_dir: Path | None = None,
+    ) -> None:
         """Copies the model's weights; quantize: into matrices of so many bits. layers: unset, all; of some, with their
         exits, the first comes with the embedding and the last with the final exit. What isn't held isn't read."""
-        decoder, packer = model.decoder, Packer(quantize)
+        decoder, packer = model.decoder, Packer(quantize, cache_dir)
         self.config = model.config
         held = layers or range(1, self.config.num_layers + 1)
         self.embedding_VD = decoder.embed.weight.detach() if 1 in held else None
-        self.layers = {n: PackedLayer(decoder.layer(n), packer, f"layers.{n}") for n in held}
+        self.layers = {n: PackedLayer(decoder.layer(n), packer) for n in held}
         exits = [exit_config for exit_config in self.config.exits if exit_config.layer in held]
         is_last = self.config.num_layers in held
         is_shared = is_last or any(exit_config.head == "tied" for exit_config in exits)
-        output = packer.pack([decoder.output], "output") if is_shared else None
+        output = packer.pack(decoder.output) if is_shared else None
         self.heads: dict[int, PackedHead] = {}
         if output is not None and is_last:
             self.heads[self.config.num_layers] = PackedHead(None, decoder.norm, output, None)
         for exit_config in exits:
-            exit, name = model.exit(exit_config.layer), f"exits.{exit_config.layer}"
+            exit = model.exit(exit_config.layer)
             norm = None if exit_config.kind == "embed" else decoder.norm if exit.norm is None else exit.norm
-            matrix = output if exit.output is None else packer.pack([exit.output], f"{name}.output")
+            matrix = output if exit.output is None else packer.pack(exit.output)
             assert matrix is not None, "a shared output matrix is held with the exits that share it"
             body = None
             if isinstance(exit.body, Layer):
-                body = PackedLayer(exit.body, packer, f"{name}.body")
+                body = PackedLayer(exit.body, packer)
             elif isinstance(exit.body, MLPBlock):
-                body = PackedMLP(exit.body.norm, exit.body.mlp, packer, f"{name}.body")
+                body = PackedMLP(exit.body.norm, exit.body.mlp, packer)
             self.heads[exit_config.layer] = PackedHead(body, norm, matrix, exit.gate)
         norm_weight = decoder.layer(held[0]).attn_norm.weight
         self.device, self.dtype = norm_weight.device, norm_weight.dtype
@@ -139,10 +147,10 @@ class Norm:
 class PackedMLP:
     """x + MLP(norm(x))."""
 
-    def __init__(self, norm: RMSNorm, mlp: MLP, packer: Packer, name: str) -> None:
+    def __init__(self, norm: RMSNorm, mlp: MLP, packer: Packer) -> None:
         self.norm = Norm(norm)
-        self.gate_up = packer.pack([mlp.gate, mlp.up], f"{name}.gate_up")
-        self.down = packer.pack([mlp.down], f"{name}.down")
+        self.gate_up = packer.pack(mlp.gate, mlp.up)
+        self.down = packer.pack(mlp.down)
         self.activation = mlp.activation
 
     def __call__(self, x_ND: Tensor) -> Tensor:
@@ -153,12 +161,12 @@ class PackedMLP:
 class PackedLayer:
     """A Transformer layer over the rows of a pass."""
 
-    def __init__(self, layer: Layer, packer: Packer, name: str) -> None:
+    def __init__(self, layer: Layer, packer: Packer) -> None:
         attn = layer.attn
         self.norm = Norm(layer.attn_norm)
-        self.qkv = packer.pack([attn.q, attn.k, attn.v], f"{name}.qkv")
-        self.out = packer.pack([attn.out], f"{name}.out")
-        self.mlp = PackedMLP(layer.mlp_norm, layer.mlp, packer, name)
+        self.qkv = packer.pack(attn.q, attn.k, attn.v)
+        self.out = packer.pack(attn.out)
+        self.mlp = PackedMLP(layer.mlp_norm, layer.mlp, packer)
         self.head_size, self.window = attn.head_size, attn.window
         self.num_heads = attn.q.out_features // attn.head_size
         self.num_kv_heads = attn.k.out_features // attn.head_size
