@@ -149,7 +149,7 @@ def speed_cells(speeds: Sequence[Speed]) -> Cells:
                 speed.name,
                 str(speed.batch_size),
                 f"{speed.tokens_per_s:.1f}",
-                f"{speed.limit:.1f}",
+                f"{speed.limit:.0f}",
                 f"{speed.ratio:.2f}",
                 f"{speed.ratio_range[0]:.2f} to {speed.ratio_range[1]:.2f}",
                 f"{speed.same_tokens:.0%}",

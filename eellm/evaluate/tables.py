@@ -22,6 +22,7 @@ class Cells:
         table = Table(*self.headers, title=title, title_justify="left", **narrow)
         for column in table.columns:
             column.justify = "right"
+            column.no_wrap = True
         for row in self.rows:
             table.add_row(*row)
         return table

@@ -162,7 +162,14 @@ def test_generate_as_json_is_the_contract(base, adapter, run):
     ):
         assert [token[name] for token in data["tokens"]] == values
     contract = {"tokens_per_s", "mean_exit_layer", "layers_run", "layers_full", "deep_passes"}
-    assert set(data["stats"]) == contract | {"prompt_tokens", "new_tokens", "prefill_s", "decode_s", "heads_run", "drafted"} | {"accepted"}
+    assert set(data["stats"]) == contract | {
+        "prompt_tokens",
+        "new_tokens",
+        "prefill_s",
+        "decode_s",
+        "heads_run",
+        "drafted",
+    } | {"accepted"}
     for name in ("mean_exit_layer", "layers_run", "layers_full", "deep_passes", "new_tokens"):
         assert data["stats"][name] == getattr(wanted.stats, name)
     assert data["finish_reason"] == "length"
