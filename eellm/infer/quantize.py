@@ -13,6 +13,7 @@ Shapes: O outputs, I inputs, G groups.
 import hashlib
 import os
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -169,12 +170,12 @@ def _write(path: Path, identity: str, rounded: Rounded) -> None:
         temporary.replace(path)
     except (SafetensorError, OSError) as error:
         log.warning("%s can't be written (%s): weights are rounded anew each time", path, error)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # whatever kept us from writing may keep us from this
+            temporary.unlink()
 
 
 def _sha256(*tensors: Tensor) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy())  # pyrefly: ignore[bad-argument-type]
     return digest.hexdigest()

@@ -4,9 +4,10 @@
 
 On a CPU, float32 weights are kept in oneDNN's own order: it multiplies a few rows at the rate of memory, where the
 plain product takes several times that (docs/log.md). Small matrices with one row are quicker plain. All else is
-plain. Quantised weights stay in 8 or 4 bits and are multiplied by torch's packed kernels.
-What these kernels make of a row doesn't depend on the rows beside it. The names of torch's that begin with `_`, and
-`torch.ops.onednn`, are used in this file alone; where a release lacks one, weights stay as they are.
+plain. Quantised weights stay in 8 or 4 bits and are multiplied by torch's packed kernels; what these make of a row
+doesn't depend on the rows beside it, to the last bit, up to `FEW_ROWS`.
+Names of torch's that begin with `_`, and `torch.ops.onednn`, are used in this file alone; where a release lacks one,
+weights stay as they are.
 """
 
 from typing import Protocol
@@ -22,6 +23,10 @@ SMALL = 1 << 16
 """Elements below which one row is multiplied plainly: a call of oneDNN's takes 20 µs whatever its size."""
 ROWS_HINT = 8
 """oneDNN orders a weight for a number of rows; the order for 8 serves 1 to 64 well."""
+LARGE = 1 << 20
+"""Elements from which products of integers beat torch's simple kernel for 8 bits: they take 50 µs of preparation."""
+FEW_ROWS = 16
+"""With more rows the simple kernel is slower than one product with the weight in bfloat16, its making included."""
 
 
 class Matrix(Protocol):
@@ -43,7 +48,8 @@ def pack(
     """The weight in the form that this machine multiplies fastest with.
 
     quantize: round it to so many bits. Weights that the kernels can't take stay as they are: under int4 those whose
-    inputs aren't a multiple of 32 or whose outputs aren't of 16. cache: where rounded weights are looked up and kept.
+    inputs aren't a multiple of 32 or whose outputs aren't of 16 (under int8 all fit, where the processor multiplies
+    bytes). cache: where rounded weights are looked up and kept.
     Raises ConfigError for `quantize` on another device than the CPU.
     """
     weight_OI = weight_OI.detach()
@@ -66,12 +72,18 @@ def _quantized_kind(weight_OI: Tensor, quantize: Quantize) -> "type[Int4 | Int8 
     if quantize == "int4":
         fits = num_outputs % 16 == 0 and num_inputs % GROUP_SIZE == 0
         return Int4 if fits and hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu") else None
-    able = torch.cpu.get_capabilities()
-    # NOTE without these instructions oneDNN adds pairs of products in 16 bits, and they overflow
-    if (able.get("avx512_vnni") or able.get("avx_vnni")) and hasattr(torch.ops.onednn, "qlinear_pointwise"):
+    # NOTE the simple kernel reads inputs by 16, beyond the end of the weight where they aren't a multiple
+    simple = num_inputs % 16 == 0 and hasattr(torch.ops.aten, "_weight_int8pack_mm")
+    if _multiplies_bytes() and (weight_OI.numel() >= LARGE or not simple):
         return Int8
-    # NOTE the kernel reads inputs by 16, beyond the end of the weight where they aren't a multiple
-    return Int8Simple if num_inputs % 16 == 0 and hasattr(torch.ops.aten, "_weight_int8pack_mm") else None
+    return Int8Simple if simple else None
+
+
+def _multiplies_bytes() -> bool:
+    """NOTE without these instructions oneDNN adds pairs of 8-bit products in 16 bits, and they overflow."""
+    able = torch.cpu.get_capabilities()
+    has_instructions = able.get("avx512_vnni") or able.get("avx_vnni")
+    return bool(has_instructions) and hasattr(torch.ops.onednn, "qlinear_pointwise")
 
 
 class Plain:
@@ -116,8 +128,8 @@ class Quantized:
 class Int8(Quantized):
     """Products of integers, exact until they are scaled: weights of 8 bits, x of 16 as two rows of 8.
 
-    x is rounded to 1/32512 of its row's largest magnitude, which is finer than bfloat16 but for values below 1/256 of
-    that. v = 256 · high + low, both from -127 to 128, is multiplied as two rows of bytes that stand for -128 to 127.
+    x is rounded to 1/32512 of its row's largest magnitude: finer than bfloat16, but for values below 1/128 of that.
+    v = 256 · high + low, both from -128 to 127, is multiplied as two rows of bytes with 128 added.
     """
 
     def __init__(self, rounded: Rounded, bias_O: Tensor | None) -> None:
@@ -128,27 +140,35 @@ class Int8(Quantized):
         self.offset = torch.tensor(256 * 128 + 128 + 0.5)  # the conversion to integers cuts off
 
     def product(self, x_NI: Tensor) -> Tensor:
+        num_rows = len(x_NI)
         x_NI = x_NI.float()
         largest_N1 = x_NI.abs().amax(-1, keepdim=True)
         # a row of zeros becomes NaN, then any integers, and is multiplied by 0 in the end
         v_NI = torch.add(self.offset, x_NI / largest_N1, alpha=32512).to(torch.uint16)
-        bytes_2NI = v_NI.view(torch.uint8).unflatten(1, (-1, 2)).permute(2, 0, 1).reshape(-1, x_NI.shape[1])
+        bytes_2NI = v_NI.view(torch.uint8).unflatten(1, (-1, 2)).permute(2, 0, 1)
+        if num_rows == 1:
+            bytes_2NI = bytes_2NI.expand(2, 2, -1)  # four rows of bytes are quicker than two
         y_2NO = torch.ops.onednn.qlinear_pointwise(
-            bytes_2NI, 1.0, 128, self.packed, self.scale_O, self.zero_O, None, 1.0, 0, torch.float32, "none", [], ""
+            bytes_2NI.reshape(-1, x_NI.shape[1]),
+            *(1.0, 128, self.packed, self.scale_O, self.zero_O, None),
+            *(1.0, 0, torch.float32, "none", [], ""),
         )
         low_NO, high_NO = y_2NO.chunk(2)
-        return torch.add(low_NO, high_NO, alpha=256).mul_(largest_N1)
+        return torch.add(low_NO[:num_rows], high_NO[:num_rows], alpha=256).mul_(largest_N1)
 
 
 class Int8Simple(Quantized):
-    """For processors without instructions for 8-bit products: x in bfloat16."""
+    """Weights of 8 bits, x in bfloat16: little preparation, but slower from a few rows on."""
 
     def __init__(self, rounded: Rounded, bias_O: Tensor | None) -> None:
         super().__init__(rounded, bias_O)
         self.codes_OI, self.scale_O = rounded.codes, rounded.scales.bfloat16()
 
     def product(self, x_NI: Tensor) -> Tensor:
-        return torch.ops.aten._weight_int8pack_mm(x_NI.bfloat16(), self.codes_OI, self.scale_O)
+        x_NI = x_NI.bfloat16()
+        if len(x_NI) > FEW_ROWS:
+            return F.linear(x_NI, self.codes_OI.bfloat16()) * self.scale_O
+        return torch.ops.aten._weight_int8pack_mm(x_NI, self.codes_OI, self.scale_O)
 
 
 class Int4(Quantized):
