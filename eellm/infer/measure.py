@@ -7,6 +7,7 @@ that warms up. What a tick takes besides is read off a short full-depth run.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -19,16 +20,24 @@ from statistics import median
 
 import torch
 
+from eellm.config.infer import GenerateConfig
 from eellm.errors import ConfigError
 from eellm.infer.angles import Angles
 from eellm.infer.attention import PassRows, Span
 from eellm.infer.costs import MEASURED_ROWS, Curve, StepCosts
+from eellm.infer.decode.early import Early
+from eellm.infer.loop import Loop
 from eellm.infer.memory import Memory
 from eellm.infer.network import Network
 from eellm.infer.readout import read
+from eellm.infer.request import Request
+from eellm.infer.sampling import Sampler
+from eellm.infer.scheduler import Scheduler
+from eellm.infer.sequence import Sequence
 from eellm.log import log
 
 NUM_RUNS = 5
+MIN_OVERHEAD_S = 1e-6
 CONTEXT = 64
 
 
@@ -57,26 +66,49 @@ def measure(network: Network) -> StepCosts:
         return network.gate(layer, z_ND).tolist()
 
     segments = zip((0, *stops), stops, strict=False)
+    segment_s = tuple(
+        curve(lambda n, first=before + 1, last=stop: network.run(h[n], first, last, rows[n], memory))
+        for before, stop in segments
+    )
+    head_s = {layer: curve(lambda n, layer=layer: answer(layer, n)) for layer in stops}
+    parts_s = sum(segment.at(1) for segment in segment_s) + head_s[stops[-1]].at(1)
     return StepCosts(
         stops=stops,
-        segment_s=tuple(
-            curve(lambda n, first=before + 1, last=stop: network.run(h[n], first, last, rows[n], memory))
-            for before, stop in segments
-        ),
-        head_s={layer: curve(lambda n, layer=layer: answer(layer, n)) for layer in stops},
+        segment_s=segment_s,
+        head_s=head_s,
         gate_s={
             layer: curve(lambda n, layer=layer: gate(layer, n))
             for layer in config.exit_layers
             if network.heads[layer].gate is not None
         },
-        overhead_s=_seconds(lambda: _tick(network, angles, context), network.device),
+        overhead_s=max(_full_tick_s(network, context) - parts_s, MIN_OVERHEAD_S),
     )
 
 
-def _tick(network: Network, angles: Angles, context: int) -> None:
-    """What every pass needs besides its layers."""
-    network.embed([0])
-    PassRows([Span(0, context, 1)], angles, network.config.kv_heads)
+def _full_tick_s(network: Network, context: int) -> float:
+    """A tick of full-depth decoding, with all that goes round it."""
+    config = network.config
+    prompt = [i % config.vocab_size for i in range(context)]
+    num_tokens = min(4 * NUM_RUNS, config.max_seq_len - context)
+    options = GenerateConfig(method="full", max_new_tokens=num_tokens, ignore_eos=True)
+    request = Request(tokens=prompt, thresholds={}, options=options)
+    memory = Memory(config, network.own_layer, dtype=network.dtype, device=network.device)
+    memory.reserve(1, context + num_tokens)
+    loop = Loop(network, memory, Scheduler(lambda: measure(network)))
+    seq = Sequence(
+        request,
+        Early({}, max_deferred=1),
+        Sampler(options.sampling, prompt, network.device),
+        stops=loop.stops,
+        max_seq_len=config.max_seq_len,
+        eos_token_ids=(),
+        tokenizer=None,
+    )
+    seq.place(0, 0)
+    while loop.step([seq], 0) is not None:
+        pass
+    times = seq.times[1:]
+    return median(after - before for before, after in itertools.pairwise(times)) if len(times) > 1 else 0.0
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -3,7 +3,7 @@
     weight (O, I), bias → `pack` → Matrix: (N, I) → (N, O)
 
 On a CPU, float32 weights are kept in oneDNN's own order: it multiplies a few rows at the rate of memory, where the
-plain product takes several times that (docs/log.md). Small matrices with one row are quicker plain. All else is
+plain product takes several times that (docs/log.md). Small matrices with few rows are quicker plain. All else is
 plain. Quantised weights stay in 8 or 4 bits and are multiplied by torch's packed kernels; what these make of a row
 doesn't depend on the rows beside it, to the last bit, up to `FEW_ROWS`.
 Names of torch's that begin with `_`, and `torch.ops.onednn`, are used in this file alone; where a release lacks one,
@@ -19,8 +19,8 @@ from torch import Tensor
 from eellm.errors import ConfigError
 from eellm.infer.quantize import GROUP_SIZE, Quantize, QuantizeCache, Rounded, round_weight
 
-SMALL = 1 << 16
-"""Elements below which one row is multiplied plainly: a call of oneDNN's takes 20 µs whatever its size."""
+SMALL = 1 << 18
+"""Elements times rows below which the plain product is quicker: a call of oneDNN's takes 20 µs whatever its size."""
 ROWS_HINT = 8
 """oneDNN orders a weight for a number of rows; the order for 8 serves 1 to 64 well."""
 LARGE = 1 << 20
@@ -98,12 +98,16 @@ class Plain:
 class OneDNN:
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
         self.num_bytes = weight_OI.nbytes
-        self.small_OI = weight_OI if weight_OI.numel() < SMALL else None
+        self.small_OI = None
+        if weight_OI.numel() < SMALL:
+            # one row times a tall matrix is quicker where the matrix lies column by column
+            is_tall = weight_OI.shape[0] >= weight_OI.shape[1]
+            self.small_OI = weight_OI.t().contiguous().t() if is_tall else weight_OI.clone()
         self.bias_O = bias_O
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), ROWS_HINT)
 
     def __call__(self, x_NI: Tensor) -> Tensor:
-        if self.small_OI is not None and len(x_NI) == 1:
+        if self.small_OI is not None and len(x_NI) * self.small_OI.numel() < SMALL:
             return F.linear(x_NI, self.small_OI, self.bias_O)
         return torch.ops.mkldnn._linear_pointwise(x_NI, self.packed, self.bias_O, "none", [], "")
 

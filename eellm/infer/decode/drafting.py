@@ -16,6 +16,8 @@ MARGIN = 0.03
 """How much faster than plain decoding drafting must be, under the guard."""
 PROBE_EVERY = 48
 """Rounds without a draft, after which one is drafted to see."""
+HOPE = 0.85
+"""How likely a drafter's first drafts are taken to be right: more than they are, so that each is tried."""
 GRID = 32
 """Probabilities are rounded to multiples of a thirty-second, so that plans are worked out once."""
 
@@ -27,10 +29,9 @@ class Drafters:
         self.costs = costs
         self.batch_size = 1
         """Sequences that are running: they share a pass."""
-        *exits, last = costs.stops
-        self.right = {layer: Acceptance() for layer in exits} | {last: Acceptance(prior=0.4)}
+        self.right = {layer: Acceptance(HOPE, weight=2.0) for layer in costs.stops}
         """By the exit that drafts; the last layer's are the looked up ones."""
-        self.sure = {layer: Acceptance(prior=0.5) for layer in exits}
+        self.sure = {layer: Acceptance(prior=0.5) for layer in costs.stops[:-1]}
         """How often an exit is sure enough of a row to draft."""
         self.plan_exit = lru_cache(maxsize=4096)(self._plan_exit)
         self.plan_lookup = lru_cache(maxsize=4096)(self._plan_lookup)
