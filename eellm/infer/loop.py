@@ -33,6 +33,14 @@ class Loop:
         self.own_layer = frozenset(network.own_layer)
         self.angles = Angles(self.config, dtype=network.dtype, device=network.device)
 
+    def step(self, sequences: Sequence[Served], tick: int) -> Sequence[Served] | None:
+        """One tick. Returns the sequences that took part; None: there is nothing to do."""
+        plan = self.scheduler.plan(sequences, tick)
+        if plan is None:
+            return None
+        self.run(plan, tick)
+        return plan.sequences
+
     @torch.inference_mode()
     def run(self, plan: StepPlan, tick: int) -> None:
         """One tick."""
