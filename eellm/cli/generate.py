@@ -53,6 +53,8 @@ class Options:
     """Above 0, `speculative` also takes drafts with this share of the likeliest token's probability: not lossless."""
     quantize: Literal["int8", "int4"] | None = None
     """Weights of 8 or 4 bits (CPU only)."""
+    workers: int = 1
+    """Processes that share the layers; `pipelined` needs two or more."""
     temperature: float = 0.0
     """0: greedy."""
     top_k: int = 0
@@ -86,7 +88,8 @@ def main(args: list[str]) -> None:
     model = load(options.model, options.adapter, dtype=options.dtype, device=options.device)
     prompt = [{"role": "user", "content": text}] if options.chat else text
     limit = model.config.max_seq_len
-    with Engine(model, max_batch=1, max_tokens=limit, quantize=options.quantize, cache_dir=CACHE_DIR) as engine:
+    settings = {"quantize": options.quantize, "cache_dir": CACHE_DIR, "workers": options.workers}
+    with Engine(model, max_batch=1, max_tokens=limit, **settings) as engine:
         run = engine.submit(prompt, config)
         if options.json:
             print(json.dumps(as_json(run, list(run)), ensure_ascii=False))

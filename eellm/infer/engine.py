@@ -7,6 +7,7 @@ thread; a lock lets several threads iterate.
 """
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
@@ -16,7 +17,7 @@ from typing import Any, Self
 
 from eellm.checkpoint.hf import load
 from eellm.config.infer import GenerateConfig, generate_config
-from eellm.errors import RequestError
+from eellm.errors import ConfigError, RequestError, WorkerError
 from eellm.exits.lm import EarlyExitLM
 from eellm.infer.costs import StepCosts
 from eellm.infer.decode.make import Methods
@@ -24,7 +25,10 @@ from eellm.infer.handle import Handle
 from eellm.infer.loop import Loop
 from eellm.infer.measure import measured
 from eellm.infer.memory import Memory
-from eellm.infer.network import network_of
+from eellm.infer.network import Network, network_of
+from eellm.infer.pipelined.crew import Crew
+from eellm.infer.pipelined.loop import PipelinedLoop, PipelinedMemory, PipelinedScheduler
+from eellm.infer.pipelined.start import join, make_pipeline
 from eellm.infer.quantize import Quantize
 from eellm.infer.request import Prompt, make_request, make_scoring
 from eellm.infer.result import Generation
@@ -64,20 +68,48 @@ class Engine:
         max_tokens: int = 4096,
         quantize: Quantize | None = None,
         cache_dir: Path | None = None,
+        workers: int = 1,
+        timeout_s: float = 60.0,
     ) -> None:
         """model: a model, or what `eellm.load` takes. max_batch: requests served at the same time; others wait for
         their turn. max_tokens: the most that one request may have, prompt and new tokens together; memory for keys
         and values grows as needed, up to max_batch times that. quantize: matrices of 8 or 4 bits (CPU only).
-        cache_dir: where what was measured on this machine is kept for the next engine."""
+        cache_dir: where what was measured on this machine is kept for the next engine.
+
+        workers: processes that share the model's layers, this one among them; each of them computes with its part of
+        this one's threads. Under torchrun they are its processes, with the threads that they have: on rank 0 this is
+        the engine, on the others it serves until the engine closes, and then ends the process. timeout_s: without a
+        sign of life, after which a worker is given up."""
+        if workers < 1:
+            raise ConfigError(f"workers = {workers}: must be at least 1")
+        group = join(workers) if workers > 1 else None
         self.model = load(model) if isinstance(model, str | Path) else model
-        self.network = network_of(self.model, quantize, cache_dir)
-        self.memory = Memory(
-            self.model.config, self.network.own_layer, dtype=self.network.dtype, device=self.network.device
-        )
-        self.scheduler = Scheduler(self._costs)
-        self.loop = Loop(self.network, self.memory, self.scheduler)
+        self.quantize, self.cache_dir = quantize, cache_dir
+        self.failure: WorkerError | None = None
+        self.crew: Crew | None = None
+        if workers == 1:
+            self.network = network_of(self.model, quantize, cache_dir)
+            self.memory = Memory(
+                self.model.config, self.network.own_layer, dtype=self.network.dtype, device=self.network.device
+            )
+            self.scheduler = Scheduler(self._costs)
+            self.loop = Loop(self.network, self.memory, self.scheduler)
+        else:
+            pipeline = make_pipeline(
+                self.model,
+                workers,
+                group,
+                quantize=quantize,
+                cache_dir=cache_dir,
+                max_batch=max_batch,
+                timeout_s=timeout_s,
+            )
+            self.network, self.crew = pipeline.network, pipeline.crew
+            weakref.finalize(self, self.crew.close)
+            self.memory = PipelinedMemory(self.network, self.crew)
+            self.scheduler = PipelinedScheduler(self._costs)
+            self.loop = PipelinedLoop(self.network, self.memory, self.scheduler, self.crew)
         self.methods = Methods(self._costs)
-        self.cache_dir = cache_dir
         self.slots = Slots(max_batch)
         self.max_tokens = min(max_tokens, self.model.config.max_seq_len)
         self.waiting: deque[Sequence] = deque()
@@ -94,6 +126,8 @@ class Engine:
         """
         assert options is None or not fields, "options as an object or by name, not both"
         request = make_request(self.model, prompt, options or generate_config(**fields))
+        if request.options.method == "pipelined" and self.crew is None:
+            raise RequestError("method = 'pipelined' needs worker processes: make the engine with workers=2 or more")
         config = self.model.config
         needed = request.capacity(config.max_seq_len)
         if needed > self.max_tokens:
@@ -113,6 +147,7 @@ class Engine:
         with self.lock:
             if self.is_closed:
                 raise RequestError("the engine is closed; make a new one")
+            self._check_workers()
             self.waiting.append(seq)
         return Handle(self, seq)
 
@@ -146,22 +181,27 @@ class Engine:
         for text in texts:
             request, first = make_scoring(self.model, text, exit, fields)
             options = request.options
-            scored.append(score(self.network, request.tokens, first, request.thresholds, options.policy))
+            scored.append(score(self._whole_network(), request.tokens, first, request.thresholds, options.policy))
         return scored
 
     def step(self) -> bool:
-        """One tick for everyone. Returns whether there was anything to do."""
+        """One tick for everyone. Returns whether there was anything to do. Raises WorkerError where a worker is lost;
+        then what is running and waiting has failed."""
         with self.lock:
-            self._admit()
-            self.methods.running(len(self.running))
-            plan = self.scheduler.plan(self.running, self.num_ticks)
-            if plan is None:
+            self._check_workers()
+            before = sum(len(seq.emitted) for seq in self.running)
+            try:
+                self._admit()
+                self.methods.running(len(self.running))
+                changed = self.loop.step(self.running, self.num_ticks)
+            except WorkerError as error:
+                self.failure = error
+                raise
+            if changed is None:
                 return False
-            before = sum(len(seq.emitted) for seq in plan.sequences)
-            self.loop.run(plan, self.num_ticks)
             self.num_ticks += 1
-            self.new_tokens += sum(len(seq.emitted) for seq in plan.sequences) - before
-            for seq in plan.sequences:
+            self.new_tokens += sum(len(seq.emitted) for seq in self.running) - before
+            for seq in changed:
                 self._share_prompt(seq)
                 if seq.finish_reason is not None:
                     self._leave(seq)
@@ -189,15 +229,17 @@ class Engine:
                 new_tokens=self.new_tokens,
                 reused_tokens=self.reused_tokens,
                 memory_bytes=self.memory.num_bytes,
-                weight_bytes=self.network.num_bytes,
+                weight_bytes=self.network.num_bytes + (0 if self.crew is None else self.crew.weight_bytes),
             )
 
     def close(self) -> None:
-        """Cancels what is running, and takes nothing more."""
+        """Cancels what is running, takes nothing more, and ends the workers."""
         with self.lock:
             self.is_closed = True
             for seq in [*self.waiting, *self.running]:
                 self.cancel(seq)
+            if self.crew is not None:
+                self.crew.close()
 
     def __enter__(self) -> Self:
         return self
@@ -207,9 +249,19 @@ class Engine:
 
     def _costs(self) -> StepCosts:
         """Measured when they are first needed."""
-        if self.network.costs is None:
-            self.network.costs = measured(self.network, self.cache_dir)
-        return self.network.costs
+        network = self._whole_network()
+        if network.costs is None:
+            network.costs = measured(network, self.cache_dir)
+        return network.costs
+
+    def _whole_network(self) -> Network:
+        """All layers. Where workers share them they come into this process's memory when they are first needed: to
+        score, and to know what drafts cost."""
+        return self.network if self.crew is None else network_of(self.model, self.quantize, self.cache_dir)
+
+    def _check_workers(self) -> None:
+        if self.failure is not None:
+            raise WorkerError(str(self.failure))
 
     def _admit(self) -> None:
         while self.waiting:
@@ -257,13 +309,14 @@ class Engine:
         seq.waiting = []
 
 
-def generate(model: EarlyExitLM, prompts: SequenceOf[Prompt], **fields: Any) -> list[Generation]:
-    """`Engine.generate` on an engine made for this call: the prompts are served together.
+def generate(model: EarlyExitLM, prompts: SequenceOf[Prompt], *, workers: int = 1, **fields: Any) -> list[Generation]:
+    """`Engine.generate` on an engine made for this call: the prompts are served together. workers: as `Engine`'s; to
+    start them takes seconds each time.
 
     Raises ConfigError or RequestError before anything is generated.
     """
-    num_prompts = len(check_prompts(prompts))
-    with Engine(model, max_batch=max(1, min(num_prompts, 16)), max_tokens=model.config.max_seq_len) as engine:
+    max_batch = max(1, min(len(check_prompts(prompts)), 16))
+    with Engine(model, max_batch=max_batch, max_tokens=model.config.max_seq_len, workers=workers) as engine:
         return engine.generate(prompts, **fields)
 
 

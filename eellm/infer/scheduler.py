@@ -70,8 +70,6 @@ class Scheduler:
 
     def _split_pays(self, stop: int, num_ready: int, num_waiting: int, ticks_waited: int) -> bool:
         """Whether those ready for less go first."""
-        if ticks_waited >= self.max_wait:
-            return False
         if stop - 1 not in self._answered:  # none was tested there: none comes out of a shallow pass with a token
             return False
         if stop not in self._rules:

@@ -89,7 +89,8 @@ def test_what_is_measured_is_what_runs(monkeypatch):
     costs = measure.measure(network)
     rows = costs.segment_s[0].rows
     assert rows == (1, 2, 4, 8, 16, 32, 64)
-    assert {item for item in seen if item[:2] != (1, 6)} == {(first, last, n) for first, last in ((1, 1), (2, 2), (3, 3), (4, 5), (6, 6)) for n in rows}
+    segments = ((1, 1), (2, 2), (3, 3), (4, 5), (6, 6))
+    assert {item for item in seen if item[:2] != (1, 6)} == {(first, last, n) for first, last in segments for n in rows}
     assert set(costs.gate_s) == {1, 2, 3, 5}
 
 

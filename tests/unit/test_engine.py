@@ -142,6 +142,11 @@ def test_a_request_longer_than_the_engine_s_memory_is_refused_and_the_others_go_
         assert running.result().tokens == expected(MODEL, PROMPT, {"method": "full", "max_new_tokens": 20})[0]
 
 
+def test_pipelined_without_workers_says_what_it_needs():
+    with eellm.Engine(MODEL) as engine, pytest.raises(RequestError, match="workers=2 or more"):
+        engine.submit(PROMPT, method="pipelined")
+
+
 def test_no_request_waits_for_ever_beside_others_that_leave_early():
     with eellm.Engine(MODEL, max_batch=6) as engine:
         quick = [engine.submit([i, 1], max_new_tokens=100, method="early", threshold=0.0) for i in range(5)]

@@ -1,0 +1,291 @@
+"""Decoding over several processes: what one process gives, whatever the mix; and no process is left, whatever happens.
+
+Exits, tokens and log-probabilities of `early` on one process are held against the oracle elsewhere: here it is the
+reference.
+"""
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import eellm
+from eellm.errors import ConfigError, WorkerError
+from eellm.infer.pipelined.start import stages_of
+from tests.models import EXITS, tiny_config, tiny_model
+
+ROOT = Path(__file__).parents[2]
+MODEL = tiny_model(seed=0)
+WINDOWED = tiny_model(seed=3, sliding_window=5, sliding_layers=(2, 5, 6), qk_norm=True, tie_embeddings=True)
+LONG = [(7 * i + i * i) % 29 for i in range(60)]
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [1, 2, 3], LONG, [5], LONG[:40]]
+TIMEOUT_S = 20.0
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(scope="module", params=[2, 3, 4])
+def engine(request):
+    """One for all tests: what a request gets doesn't depend on those before it."""
+    with eellm.Engine(MODEL, max_batch=4, workers=request.param, timeout_s=TIMEOUT_S) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return eellm.Engine(MODEL, max_batch=4)
+
+
+def assert_same(out, reference, *, exits=True):
+    assert out.tokens == reference.tokens
+    assert out.logprobs == pytest.approx(reference.logprobs, abs=1e-6)  # logits are float32
+    assert out.finish_reason == reference.finish_reason
+    if exits:
+        assert out.exits == reference.exits
+        assert out.confidences == pytest.approx(reference.confidences, abs=1e-6)
+        assert out.stats.heads_run == reference.stats.heads_run
+
+
+@pytest.mark.parametrize(
+    ("policy", "threshold"), [("max_prob", 0.2), ("max_prob", 0.5), ("margin", 0.3), ("entropy", 0.5), ("gate", 0.6)]
+)
+def test_pipelined_gives_the_tokens_exits_and_log_probabilities_of_early(engine, alone, policy, threshold):
+    options = {"threshold": threshold, "policy": policy, "max_new_tokens": 24}
+    reference = alone.generate(PROMPTS, method="early", **options)
+    taken = {layer for out in reference for layer in out.exits}
+    assert len(taken) > 2, "the test means nothing unless tokens leave at several exits"
+    for out, expected in zip(engine.generate(PROMPTS, method="pipelined", **options), reference, strict=True):
+        assert_same(out, expected)
+
+
+requests = st.fixed_dictionaries(
+    {
+        "method": st.sampled_from(["full", "early", "pipelined", "speculative"]),
+        "threshold": st.sampled_from([0.0, 0.2, 0.4, 0.7]),
+        "max_new_tokens": st.integers(1, 14),
+        "max_deferred": st.sampled_from([1, 2, 16]),
+        "policy": st.sampled_from(["max_prob", "gate", "margin"]),
+        "exits": st.sampled_from([None, (1, 5), (2,), (3, 5)]),
+        "sampling": st.sampled_from([eellm.Sampling(), eellm.Sampling(temperature=0.8, seed=3)]),
+    }
+)
+prompts = st.one_of(
+    st.lists(st.integers(0, 28), min_size=1, max_size=12),
+    st.integers(1, 60).map(lambda n: LONG[:n]),  # these begin alike: rows are copied between slots
+)
+events = st.lists(
+    st.one_of(
+        st.tuples(st.just("submit"), prompts, requests),
+        st.tuples(st.just("step"), st.integers(1, 9)),
+        st.tuples(st.just("cancel"), st.integers(0, 20)),
+    ),
+    min_size=4,
+    max_size=24,
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(events=events, chunk=st.sampled_from([3, 7, 256]))
+def test_any_mix_of_requests_that_come_go_and_are_cancelled_gets_what_each_gets_alone(engine, alone, events, chunk):
+    engine.scheduler.max_prompt_rows = chunk
+    handles = []
+    for kind, *rest in events:
+        if kind == "submit":
+            handles.append((engine.submit(rest[0], **rest[1]), rest))
+        elif kind == "step":
+            for _ in range(rest[0]):
+                engine.step()
+        elif handles:
+            handles[rest[0] % len(handles)][0].cancel()
+    for handle, (prompt, options) in handles:
+        out = handle.result()
+        (expected,) = alone.generate([prompt], **options)
+        num = len(out.tokens)
+        is_sampled_draft = options["method"] == "speculative" and options["sampling"].temperature > 0
+        if out.finish_reason == "cancelled":
+            assert num < options["max_new_tokens"] or num == 0
+        else:
+            assert num == len(expected.tokens)
+        if is_sampled_draft:  # of the right distribution, but draws depend on how much was drafted
+            continue
+        assert out.tokens == expected.tokens[:num]
+        assert out.logprobs == pytest.approx(expected.logprobs[:num], abs=1e-6)
+        if options["method"] != "speculative":
+            assert out.exits == expected.exits[:num]
+    assert engine.stats().num_running == 0
+
+
+def test_rows_are_reused_and_copied_on_every_stage(engine, alone):
+    before = engine.stats().reused_tokens
+    first = engine.submit(LONG[:48], method="full", max_new_tokens=30)
+    next(first)
+    others = [engine.submit([*LONG[:40], token], method="full", max_new_tokens=8) for token in (1, 2)]
+    for handle, token in zip(others, (1, 2), strict=True):
+        assert_same(handle.result(), alone.generate([[*LONG[:40], token]], method="full", max_new_tokens=8)[0])
+    assert engine.stats().reused_tokens - before >= 64
+    first.cancel()
+
+
+def test_windows_and_tied_matrices_work_over_stages():
+    reference = eellm.Engine(WINDOWED, max_batch=4).generate(PROMPTS, method="early", threshold=0.3, max_new_tokens=16)
+    outs = eellm.generate(WINDOWED, PROMPTS, method="pipelined", threshold=0.3, max_new_tokens=16, workers=3)
+    for out, expected in zip(outs, reference, strict=True):
+        assert_same(out, expected)
+
+
+def test_at_most_as_many_passes_of_a_request_are_on_their_way_as_there_are_stages(engine):
+    num_stages = len(engine.crew.stages)
+    handle = engine.submit(LONG[:4], method="early", threshold=0.0, max_deferred=1, max_new_tokens=40)
+    most = 0
+    while handle.finish_reason is None:
+        engine.step()
+        most = max(most, len(engine.loop.flights))
+    assert 1 < most <= num_stages
+
+
+def test_the_weights_of_all_stages_are_counted_once(engine, alone):
+    """Output matrices that several stages read are on each."""
+    ours, whole = engine.stats(), alone.stats()
+    assert whole.weight_bytes <= ours.weight_bytes < 2 * whole.weight_bytes
+    assert ours.memory_bytes % (6 + 1) == 0
+
+
+def test_stages_share_layers_by_what_exits_cost():
+    stages = stages_of(tiny_config(vocab_size=20_000, exits=EXITS[:3]), 2)
+    assert [(stage.first, stage.last) for stage in stages] == [(1, 2), (3, 6)]
+    with pytest.raises(ConfigError, match="workers = 7: the model has 6 layers"):
+        eellm.Engine(MODEL, workers=7)
+
+
+# --- faults ---
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def wait_until_ended(pids, timeout_s=10.0):
+    deadline = time.monotonic() + timeout_s
+    while any(is_running(pid) for pid in pids):
+        assert time.monotonic() < deadline, f"processes {[pid for pid in pids if is_running(pid)]} are left"
+        time.sleep(0.02)
+
+
+def started(num_workers, **options):
+    engine = eellm.Engine(MODEL, max_batch=2, workers=num_workers, **options)
+    handles = [engine.submit(prompt, method="full", max_new_tokens=60) for prompt in PROMPTS[:2]]
+    waiting = engine.submit(PROMPTS[3], method="early", max_new_tokens=5)
+    for handle in handles:
+        next(handle)
+    return engine, handles, waiting
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_worker_that_is_killed_is_named_and_all_requests_fail(rank):
+    engine, handles, waiting = started(3)
+    pids = engine.crew.pids
+    os.kill(pids[rank - 1], signal.SIGKILL)
+    start = time.monotonic()
+    stage = engine.crew.stages[rank]
+    words = f"worker {rank} of 2 .layers {stage.first} to {stage.last}, process {pids[rank - 1]} .* signal 9"
+    for handle in (*handles, waiting):
+        with pytest.raises(WorkerError, match=words):
+            for _ in handle:
+                pass
+    with pytest.raises(WorkerError, match=words):
+        engine.submit([1, 2], method="full")
+    assert time.monotonic() - start < 5
+    wait_until_ended(pids)
+    engine.close()
+    assert time.monotonic() - start < 8
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_worker_that_hangs_is_named_after_the_time_out(rank):
+    engine, handles, _ = started(3, timeout_s=2.0)
+    pids = engine.crew.pids
+    os.kill(pids[rank - 1], signal.SIGSTOP)
+    start = time.monotonic()
+    with pytest.raises(WorkerError, match=f"worker {rank} of 2 .*, process {pids[rank - 1]} .* nothing for 2 s"):
+        handles[0].result()
+    assert 1.5 < time.monotonic() - start < 6
+    wait_until_ended(pids)
+    engine.close()
+
+
+def test_a_worker_that_fails_to_start_is_an_error(monkeypatch, capfd):
+    monkeypatch.setenv("PYTHONPATH", "/nonexistent")
+    monkeypatch.setenv("PYTHONHOME", "/nonexistent")
+    with pytest.raises(WorkerError, match="worker 1 ended with exit code 1 while it started"):
+        eellm.Engine(MODEL, workers=2)
+    capfd.readouterr()
+
+
+def test_close_ends_the_workers_and_gives_threads_back():
+    engine, *_ = started(2)
+    pids = engine.crew.pids
+    engine.close()
+    assert not any(is_running(pid) for pid in pids)
+    engine.close()
+
+
+def test_an_engine_that_is_forgotten_leaves_no_processes():
+    engine = eellm.Engine(MODEL, workers=2)
+    pids = engine.crew.pids
+    del engine
+    gc.collect()
+    wait_until_ended(pids)
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    return subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("end", ["raise RuntimeError('stop')", "os.kill(os.getpid(), 9)"])
+def test_no_processes_are_left_when_the_engine_s_process_ends(end):
+    out = run_python(f"""
+        import os, eellm
+        from tests.models import tiny_model
+        engine = eellm.Engine(tiny_model(), workers=3)
+        handle = engine.submit([1, 2, 3], max_new_tokens=50)
+        next(handle)
+        print(*engine.crew.pids, flush=True)
+        {end}
+    """)
+    assert out.returncode != 0
+    pids = [int(word) for word in out.stdout.split()]
+    assert len(pids) == 2, out.stderr
+    wait_until_ended(pids)
+
+
+def test_torchrun_s_processes_are_the_workers(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(
+        textwrap.dedent("""
+        import torch, eellm
+        from tests.models import tiny_model
+        with eellm.Engine(tiny_model(), workers=2) as engine:
+            (out,) = engine.generate([[3, 1, 4]], method="pipelined", threshold=0.4, max_new_tokens=12)
+        print("tokens", *out.tokens, flush=True)
+        """)
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    out = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=90, env=environment)
+    assert out.returncode == 0, out.stderr
+    lines = [line for line in out.stdout.splitlines() if line.startswith("tokens")]
+    expected = eellm.generate(MODEL, [[3, 1, 4]], method="early", threshold=0.4, max_new_tokens=12)[0].tokens
+    assert lines == ["tokens " + " ".join(map(str, expected))], "rank 0 alone goes on behind the constructor"
