@@ -9,9 +9,7 @@ thread; a lock lets several threads iterate.
 import threading
 import weakref
 from collections import deque
-from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,31 +28,13 @@ from eellm.infer.pipelined.crew import Crew
 from eellm.infer.pipelined.loop import PipelinedLoop, PipelinedMemory, PipelinedScheduler
 from eellm.infer.pipelined.start import join, make_pipeline
 from eellm.infer.quantize import Quantize
-from eellm.infer.request import Prompt, make_request, make_scoring
-from eellm.infer.result import Generation
+from eellm.infer.request import Prompt, check_prompts, make_request, make_scoring
+from eellm.infer.result import EngineStats, Generation
 from eellm.infer.sampling import Sampler
 from eellm.infer.scheduler import Scheduler
 from eellm.infer.score import Score, score
 from eellm.infer.sequence import Sequence
 from eellm.infer.slots import Slots
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineStats:
-    """What an engine has done and holds."""
-
-    num_running: int
-    num_waiting: int
-    num_free_slots: int
-    num_ticks: int
-    num_finished: int
-    new_tokens: int
-    reused_tokens: int
-    """Of prompts: rows that were in memory already."""
-    memory_bytes: int
-    """Keys and values."""
-    weight_bytes: int
-    """The matrices, as they are multiplied with."""
 
 
 class Engine:
@@ -323,10 +303,3 @@ def generate(model: EarlyExitLM, prompts: SequenceOf[Prompt], *, workers: int = 
 def stream(model: EarlyExitLM, prompt: Prompt, options: GenerateConfig = GenerateConfig()) -> Handle:
     """An iterator over the new tokens of one prompt; after it ended, `finish_reason` and `stats()` are there."""
     return Engine(model, max_batch=1, max_tokens=model.config.max_seq_len).submit(prompt, options)
-
-
-def check_prompts(prompts: SequenceOf[Prompt]) -> SequenceOf[Prompt]:
-    """Raises RequestError for a single prompt in place of a list of them."""
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | Mapping)):
-        raise RequestError("prompts must be a list of prompts; put the single one in a list")
-    return prompts

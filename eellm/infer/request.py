@@ -67,6 +67,13 @@ def make_scoring(
     return Request(tokens=tokens, thresholds=_thresholds(model, options), options=options), first
 
 
+def check_prompts(prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+    """Raises RequestError for a single prompt in place of a list of them."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | Mapping)):
+        raise RequestError("prompts must be a list of prompts; put the single one in a list")
+    return prompts
+
+
 def prompt_tokens(model: EarlyExitLM, prompt: Prompt) -> list[int]:
     """A string is encoded, messages go through the chat template, token ids are checked and taken as they are."""
     tokens: list[Any]

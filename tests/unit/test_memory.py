@@ -11,7 +11,7 @@ from eellm.config.parallel import ParallelConfig
 from eellm.config.train import LossConfig
 from eellm.exits.lm import EarlyExitLM
 from eellm.exits.loss import nothing
-from eellm.model.cache import KVCache
+from eellm.infer.memory import Memory
 from eellm.parallel.recompute import recompute_layers
 from eellm.pipeline.stage import StageModule, StepLosses, shared_names, stage_part
 from eellm.plan.memory import Microbatch, kv_cache_bytes, rank_bytes, stage_memory
@@ -224,8 +224,7 @@ def test_a_rank_with_two_stages_holds_both_and_works_on_one_at_a_time():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_the_kv_cache_takes_what_the_model_s_takes(dtype):
     config = tiny_config(exits=EXITS)
-    layers = (*range(1, config.num_layers + 1), *(e.layer for e in EXITS if e.kind == "layer"))
-    place = {"dtype": getattr(torch, dtype), "device": torch.device("cpu")}
-    caches = [KVCache(config, (n,), capacity=50, batch_size=3, **place)[n] for n in layers]
-    expected = sum(c.keys_BKSE.nbytes + c.values_BKSE.nbytes for c in caches)
-    assert kv_cache_bytes(config, 3 * 50, dtype) == expected
+    own_layer = [e.layer for e in EXITS if e.kind == "layer"]
+    memory = Memory(config, own_layer, dtype=getattr(torch, dtype), device=torch.device("cpu"))
+    memory.reserve(3, 50)
+    assert kv_cache_bytes(config, 3 * 50, dtype) == memory.num_bytes

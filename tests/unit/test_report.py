@@ -11,7 +11,7 @@ from eellm.evaluate.plot import inline_svg, save_plot
 from eellm.evaluate.report import write_report
 from eellm.evaluate.tables import CURVE_LEGEND
 from eellm.exits.palette import PALETTE, colour
-from eellm.infer.engine import Generation, Stats
+from eellm.infer.result import Generation, Stats
 
 HOSTILE = '<script src="https://evil.example/x.js">alert(1)</script>"\' onfocus="alert(2)" & {{ 7 * 7 }}'
 VOID = {"meta", "br", "link", "img", "input", "hr"}
