@@ -13,7 +13,7 @@ leaves every choice as it would be.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 
 @dataclass(kw_only=True)
@@ -31,14 +31,13 @@ Generate = Callable[[list[list[int]], int], Answer]
 """Prompts, new tokens for each → what came out."""
 
 
-class Decoder:
+class Decoder(Protocol):
     """Made of a model's path, a number of threads and options of its own. ImportError: it isn't installed."""
 
     versions: dict[str, str]
 
     def prepare(self, settings: dict[str, Any], batch: int) -> Generate:
         """Does beforehand what isn't generation."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """Ends what it started."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from eellm.infer.angles import Angles
+from eellm.infer.asking import ask, rows_of, through_own_layer
 from eellm.infer.attention import PassRows, Span
 from eellm.infer.memory import Memory
 from eellm.infer.network import Network
@@ -98,47 +99,38 @@ class Loop:
     def _at_exit(self, layer: int, h_ND: Tensor, rows: PassRows, sequences: Sequence[Served]) -> None:
         """Asks the exit about the newest rows of those that test it."""
         ends = _ends(rows.spans)
-        z_ND = h_ND
-        if layer in self.own_layer:
-            z_ND = self._attended(layer, h_ND, rows, sequences)
         tested = [(seq, end - 1) for seq, end in zip(sequences, ends, strict=True) if self._is_tested(seq, layer)]
+        if layer in self.own_layer:
+            h_ND = self._through_own(layer, h_ND, rows, sequences)
         if not tested:
             return
-        z_ND = self.network.normed(layer, _rows_of(z_ND, [row for _, row in tested]))
-        gated = [i for i, (seq, _) in enumerate(tested) if seq.request.options.policy == "gate"]
-        scores = self.network.gate(layer, z_ND[gated] if len(gated) < len(tested) else z_ND).tolist() if gated else []
-        gates = dict(zip(gated, scores, strict=True))
-        sure = [i for i, (seq, _) in enumerate(tested) if gates.get(i, 1.0) >= seq.decode.exits(seq)[layer]]
-        if not sure:
-            self.scheduler.heard(self.stops.index(layer), len(tested), 0)
-            return
-        readings = self._read(layer, _rows_of(z_ND, sure), [tested[i][0] for i in sure])
+        sure, asked = ask(
+            self.network,
+            layer,
+            rows_of(h_ND, [row for _, row in tested]),
+            [seq.request.options.policy for seq, _ in tested],
+            [seq.decode.exits(seq)[layer] for seq, _ in tested],
+        )
+        for i in asked:
+            tested[i][0].work.count_head(layer)
         num_over = 0
-        for i, reading in zip(sure, readings, strict=True):
+        for i, reading in sure.items():
             seq = tested[i][0]
-            if i in gates:
-                reading = Reading(layer, gates[i], reading.token, reading.logprob, reading.logits_V)
-            is_over = reading.score >= seq.decode.exits(seq)[layer] and seq.decode.at_exit(seq, reading)
             # the rest of the prompt's way, and of too many that wait, can't be put off
-            if is_over and not seq.is_prompt and seq.num_deferred <= seq.decode.max_deferred:
+            can_rest = not seq.is_prompt and seq.num_deferred <= seq.decode.max_deferred
+            if seq.decode.at_exit(seq, reading) and can_rest:
                 seq.frontier = None
                 num_over += 1
         self.scheduler.heard(self.stops.index(layer), len(tested), num_over)
 
-    def _attended(self, layer: int, h_ND: Tensor, rows: PassRows, sequences: Sequence[Served]) -> Tensor:
-        """Takes the rows of those that use the exit through its own layer. Other rows stay as they are."""
-        using = [layer in seq.decode.exits_in_use for seq in sequences]
-        if all(using):
-            return self.network.attended(layer, h_ND, rows, self.memory)
-        spans = [span for span, used in zip(rows.spans, using, strict=True) if used]
-        if not spans:
-            return h_ND
-        index: list[int] = []
-        for span, end, used in zip(rows.spans, _ends(rows.spans), using, strict=True):
-            index += range(end - span.count, end) if used else ()
-        out_ND = h_ND.clone()
-        out_ND[index] = self.network.attended(layer, h_ND[index], self._rows(spans), self.memory)
-        return out_ND
+    def _through_own(self, layer: int, h_ND: Tensor, rows: PassRows, sequences: Sequence[Served]) -> Tensor:
+        """Takes the rows of those that use the exit through its own layer."""
+        spans, index = [], []
+        for seq, span, end in zip(sequences, rows.spans, _ends(rows.spans), strict=True):
+            if layer in seq.decode.exits_in_use:
+                spans.append(span)
+                index += range(end - span.count, end)
+        return through_own_layer(self.network, layer, h_ND, rows, spans, index, self.memory, self.angles)
 
     def _at_end(self, h_ND: Tensor, sequences: Sequence[Served], counts: Sequence[int]) -> None:
         """Asks the final exit about the rows that have no answer yet."""
@@ -153,7 +145,7 @@ class Loop:
         if not asked:
             return
         layer = self.stops[-1]
-        z_ND = self.network.normed(layer, _rows_of(h_ND, index))
+        z_ND = self.network.normed(layer, rows_of(h_ND, index))
         readings = self._read(layer, z_ND, [seq for seq, num in asked for _ in range(num)])
         start = 0
         for seq, num in asked:
@@ -178,10 +170,3 @@ def _ends(spans: Iterable[Span]) -> list[int]:
         end += span.count
         ends.append(end)
     return ends
-
-
-def _rows_of(h_ND: Tensor, index: list[int]) -> Tensor:
-    """Some rows; no copy where they are all, or one."""
-    if len(index) == 1:
-        return h_ND[index[0] : index[0] + 1]
-    return h_ND if index == list(range(len(h_ND))) else h_ND[index]

@@ -55,14 +55,14 @@ class Network:
         exits = [exit_config for exit_config in self.config.exits if exit_config.layer in held]
         is_last = self.config.num_layers in held
         is_shared = is_last or any(exit_config.head == "tied" for exit_config in exits)
-        output = packer.pack(decoder.output) if is_shared else None
+        output = packer.pack(decoder.output, is_head=True) if is_shared else None
         self.heads: dict[int, PackedHead] = {}
         if output is not None and is_last:
             self.heads[self.config.num_layers] = PackedHead(None, decoder.norm, output, None)
         for exit_config in exits:
             exit = model.exit(exit_config.layer)
             norm = None if exit_config.kind == "embed" else decoder.norm if exit.norm is None else exit.norm
-            matrix = output if exit.output is None else packer.pack(exit.output)
+            matrix = output if exit.output is None else packer.pack(exit.output, is_head=True)
             assert matrix is not None, "a shared output matrix is held with the exits that share it"
             body = None
             if isinstance(exit.body, Layer):

@@ -20,11 +20,12 @@ class Packer:
         """What reading all matrices made so far takes."""
 
     @torch.no_grad()
-    def pack(self, *linears: nn.Linear) -> Matrix:
-        """One matrix whose outputs are those of all `linears`, side by side."""
+    def pack(self, *linears: nn.Linear, is_head: bool = False) -> Matrix:
+        """One matrix whose outputs are those of all `linears`, side by side. is_head: they are logits."""
         weight_OI = torch.cat([linear.weight for linear in linears]) if len(linears) > 1 else linears[0].weight
         biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
         assert len(biases) in (0, len(linears)), "all of them have biases, or none"
-        matrix = pack(weight_OI, torch.cat(biases) if biases else None, quantize=self.quantize, cache=self.cache)
+        bias_O = torch.cat(biases) if biases else None
+        matrix = pack(weight_OI, bias_O, quantize=self.quantize, is_head=is_head, cache=self.cache)
         self.num_bytes += matrix.num_bytes
         return matrix

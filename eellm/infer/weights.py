@@ -10,6 +10,7 @@ Names of torch's that begin with `_`, and `torch.ops.onednn`, are used in this f
 weights stay as they are.
 """
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import torch
@@ -43,38 +44,48 @@ def pack(
     bias_O: Tensor | None = None,
     *,
     quantize: Quantize | None = None,
+    is_head: bool = False,
     cache: QuantizeCache | None = None,
 ) -> Matrix:
     """The weight in the form that this machine multiplies fastest with.
 
     quantize: round it to so many bits. Weights that the kernels can't take stay as they are: under int4 those whose
     inputs aren't a multiple of 32 or whose outputs aren't of 16 (under int8 all fit, where the processor multiplies
-    bytes). cache: where rounded weights are looked up and kept.
+    bytes). is_head: its outputs are logits. They suffer most from fewer bits, and tie where they are bfloat16: of a
+    head the weight keeps 8 bits under int4 too, and products are of integers. cache: where rounded weights are looked
+    up and kept.
     Raises ConfigError for `quantize` on another device than the CPU.
     """
     weight_OI = weight_OI.detach()
     bias_O = None if bias_O is None else bias_O.detach()
     if quantize is not None and weight_OI.device.type != "cpu":
         raise ConfigError(f"quantize = {quantize!r}: only on the CPU, and the model is on {weight_OI.device}")
-    kind = None if quantize is None else _quantized_kind(weight_OI, quantize)
+    if quantize is not None and is_head:
+        quantize = "int8"
+    kind = None if quantize is None else _quantized_kind(weight_OI, quantize, is_head)
     if kind is not None and quantize is not None:
         rounded = round_weight(weight_OI, quantize) if cache is None else cache.rounded(weight_OI, quantize)
         return kind(rounded, bias_O)
-    on_cpu = weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32
-    if on_cpu and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return OneDNN(weight_OI, bias_O)
-    return Plain(weight_OI, bias_O)
+    is_float32_here = weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32
+    able = torch.backends.mkldnn.is_available() and _has("mkldnn", "_reorder_linear_weight", "_linear_pointwise")
+    return OneDNN(weight_OI, bias_O) if is_float32_here and able else Plain(weight_OI, bias_O)
 
 
-def _quantized_kind(weight_OI: Tensor, quantize: Quantize) -> "type[Int4 | Int8 | Int8Simple] | None":
+def _has(place: str, *names: str) -> bool:
+    """Whether this release of torch still has these operators."""
+    return all(hasattr(getattr(torch.ops, place), name) for name in names)
+
+
+def _quantized_kind(weight_OI: Tensor, quantize: Quantize, is_head: bool) -> "type[Int4 | Int8 | Int8Simple] | None":
     """What multiplies with the rounded weight here. None: nothing can."""
     num_outputs, num_inputs = weight_OI.shape
     if quantize == "int4":
         fits = num_outputs % 16 == 0 and num_inputs % GROUP_SIZE == 0
-        return Int4 if fits and hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu") else None
+        names = ("_convert_weight_to_int4pack_for_cpu", "_weight_int4pack_mm_for_cpu")
+        return Int4 if fits and _has("aten", *names) else None
     # NOTE the simple kernel reads inputs by 16, beyond the end of the weight where they aren't a multiple
-    simple = num_inputs % 16 == 0 and hasattr(torch.ops.aten, "_weight_int8pack_mm")
-    if _multiplies_bytes() and (weight_OI.numel() >= LARGE or not simple):
+    simple = num_inputs % 16 == 0 and _has("aten", "_weight_int8pack_mm")
+    if _multiplies_bytes() and (weight_OI.numel() >= LARGE or is_head or not simple):
         return Int8
     return Int8Simple if simple else None
 
@@ -83,7 +94,7 @@ def _multiplies_bytes() -> bool:
     """NOTE without these instructions oneDNN adds pairs of 8-bit products in 16 bits, and they overflow."""
     able = torch.cpu.get_capabilities()
     has_instructions = able.get("avx512_vnni") or able.get("avx_vnni")
-    return bool(has_instructions) and hasattr(torch.ops.onednn, "qlinear_pointwise")
+    return bool(has_instructions) and _has("onednn", "qlinear_prepack", "qlinear_pointwise")
 
 
 class Plain:
@@ -112,7 +123,7 @@ class OneDNN:
         return torch.ops.mkldnn._linear_pointwise(x_NI, self.packed, self.bias_O, "none", [], "")
 
 
-class Quantized:
+class Quantized(ABC):
     """What quantised matrices have in common: any leading dims, any dtype of x, a bias added at the end."""
 
     def __init__(self, rounded: Rounded, bias_O: Tensor | None) -> None:
@@ -125,8 +136,9 @@ class Quantized:
         y_NO = self.product(x_NI).to(x_NI.dtype)
         return y_NO if self.bias_O is None else y_NO.add_(self.bias_O)
 
+    @abstractmethod
     def product(self, x_NI: Tensor) -> Tensor:
-        raise NotImplementedError
+        """(N, I), of any floating dtype → (N, O), of any."""
 
 
 class Int8(Quantized):

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 import eellm
 from eellm.errors import ConfigError, RequestError
 from tests.models import oracle, tiny_model
+from tests.traffic import LONG, events
 
 MODEL = tiny_model(seed=0)
 WINDOWED = tiny_model(seed=3, sliding_window=5, sliding_layers=(2, 5, 6), qk_norm=True)
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
-LONG = [(7 * i + i * i) % 29 for i in range(60)]
 
 
 def expected(model, prompt, options):
@@ -43,10 +43,6 @@ def assert_is(out, model, prompt, options):
         assert num == options["max_new_tokens"]
 
 
-prompts = st.one_of(
-    st.lists(st.integers(0, 28), min_size=1, max_size=12),
-    st.integers(1, 60).map(lambda n: LONG[:n]),  # these begin alike: rows are reused
-)
 requests = st.fixed_dictionaries(
     {
         "method": st.sampled_from(["full", "early", "speculative"]),
@@ -58,19 +54,10 @@ requests = st.fixed_dictionaries(
         "lookup": st.booleans(),
     }
 )
-events = st.lists(
-    st.one_of(
-        st.tuples(st.just("submit"), prompts, requests),
-        st.tuples(st.just("step"), st.integers(1, 9)),
-        st.tuples(st.just("cancel"), st.integers(0, 20)),
-    ),
-    min_size=4,
-    max_size=24,
-)
 
 
 @settings(max_examples=60, deadline=None)
-@given(events=events, max_batch=st.integers(1, 5), chunk=st.sampled_from([3, 7, 256]), windowed=st.booleans())
+@given(events=events(requests), max_batch=st.integers(1, 5), chunk=st.sampled_from([3, 7, 256]), windowed=st.booleans())
 def test_requests_that_come_go_and_are_cancelled_at_random_get_the_oracle_s_tokens(events, max_batch, chunk, windowed):
     model = WINDOWED if windowed else MODEL
     engine = eellm.Engine(model, max_batch=max_batch)

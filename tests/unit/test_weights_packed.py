@@ -1,5 +1,7 @@
 """Matrices as decoding multiplies with them: the plain product's values, for any number of rows."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ import torch.nn.functional as F
 import eellm
 from eellm.errors import ConfigError
 from eellm.infer.quantize import round_weight
-from eellm.infer.weights import Int4, Int8, Int8Simple, OneDNN, Plain, pack
+from eellm.infer.weights import Int4, Int8, Int8Simple, OneDNN, Plain, _multiplies_bytes, pack
 from tests.models import tiny_model
 
 ROWS = (1, 2, 3, 5, 16, 17, 70)
@@ -52,13 +54,32 @@ def test_a_quantised_weight_gives_the_product_with_its_rounded_values(quantize, 
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
-def test_what_quantised_products_make_of_a_row_does_not_depend_on_the_rows_beside_it(quantize):
-    for shape in ((96, 64), (1200, 1024)):
-        matrix = pack(random(*shape), quantize=quantize)
-        x_NI = random(16, shape[1], seed=2)
-        together = matrix(x_NI)
-        for row in (0, 7, 15):
-            torch.testing.assert_close(matrix(x_NI[row : row + 1])[0], together[row], rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("shape", [(96, 64), (1200, 1024)])
+def test_what_quantised_products_make_of_a_row_does_not_depend_on_the_rows_beside_it_to_the_last_bit(shape, quantize):
+    matrix, x_NI = pack(random(*shape), quantize=quantize), random(16, shape[1], seed=2)
+    alone_NO = torch.cat([matrix(x_1I) for x_1I in x_NI.split(1)])
+    for num in (1, 2, 3, 4, 5, 8, 15, 16):
+        assert torch.equal(matrix(x_NI[:num]), alone_NO[:num])
+
+
+@pytest.mark.parametrize("kind", [Int8, Int8Simple, Int4])
+def test_quantised_products_take_any_leading_dims_and_give_their_input_s_dtype(kind):
+    matrix = kind(round_weight(random(48, 64), "int4" if kind is Int4 else "int8"), random(48, seed=1))
+    x_BTI = random(2, 3, 64, seed=2)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        y_BTO = matrix(x_BTI.to(dtype))
+        assert (y_BTO.shape, y_BTO.dtype) == ((2, 3, 48), dtype)
+        torch.testing.assert_close(y_BTO.float(), matrix(x_BTI), atol=0.3, rtol=0.02)
+
+
+def test_products_of_integers_are_nearly_exact_whatever_the_size_of_a_row():
+    rounded = round_weight(random(64, 1024), "int8")
+    x_NI = random(5, 1024, seed=2) * torch.tensor([1e-6, 1e-3, 1.0, 1e3, 1e6])[:, None]
+    expected_NO = x_NI.double() @ rounded.values().double().T
+    error_NO = (Int8(rounded, None)(x_NI) - expected_NO).abs()
+    assert (error_NO.amax(1) < 1e-4 * expected_NO.abs().amax(1)).all()
+    sums = Int8(round_weight(torch.ones(16, 1024), "int8"), None)(x_NI.abs())
+    torch.testing.assert_close(sums, x_NI.abs().sum(1, keepdim=True).expand(-1, 16), rtol=5e-6, atol=0)
 
 
 def test_rows_of_zeros_give_zeros():
@@ -71,6 +92,42 @@ def test_rows_of_zeros_give_zeros():
 def test_weights_that_the_four_bit_kernel_can_not_take_stay_as_they_are():
     for shape in ((10, 64), (32, 40)):
         assert isinstance(pack(random(*shape), quantize="int4"), OneDNN | Plain)
+
+
+def test_large_weights_of_8_bits_are_multiplied_as_integers_where_the_processor_can(monkeypatch):
+    shapes = {"small": (96, 64), "odd": (96, 72), "large": (1200, 1024)}
+
+    def kinds(**capabilities):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+        return {name: type(pack(random(*shape), quantize="int8")) for name, shape in shapes.items()}
+
+    assert kinds(avx512_vnni=True) == kinds(avx_vnni=True) == {"small": Int8Simple, "odd": Int8, "large": Int8}
+    assert kinds(avx2=True) == {"small": Int8Simple, "odd": OneDNN, "large": Int8Simple}
+
+
+@pytest.mark.skipif(not _multiplies_bytes(), reason="the processor has no products of bytes")
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_a_head_keeps_8_bits_and_logits_that_do_not_tie(quantize):
+    weight_OI, x_NI = random(2000, 96), random(4, 96, seed=2)
+    head, other = (pack(weight_OI, quantize=quantize, is_head=is_head) for is_head in (True, False))
+    assert isinstance(head, Int8)
+    assert isinstance(other, Int4 if quantize == "int4" else Int8Simple)
+    num_values = [len(matrix(x_NI).unique()) for matrix in (head, other)]
+    assert num_values[0] > 0.99 * 4 * 2000 > 4 * num_values[1], "bfloat16 has few values"
+
+
+def test_a_head_that_is_not_quantised_is_as_any_other_weight():
+    assert isinstance(pack(random(96, 64), is_head=True), OneDNN)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_weights_stay_as_they_are_where_torch_has_lost_an_operator(quantize, monkeypatch):
+    for place in ("mkldnn", "aten", "onednn"):
+        monkeypatch.setattr(torch.ops, place, SimpleNamespace())
+    weight_OI, x_NI = random(96, 64), random(3, 64, seed=2)
+    matrix = pack(weight_OI, quantize=quantize)
+    assert isinstance(matrix, Plain)
+    assert torch.equal(matrix(x_NI), F.linear(x_NI, weight_OI))
 
 
 def test_quantising_on_another_device_is_refused():

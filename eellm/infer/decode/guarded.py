@@ -4,9 +4,10 @@ Now and then a token asks every exit, to know where it would leave. From these, 
 tokens fastest; with none of them a sequence decodes at full depth and loses nothing but those few tokens' tests.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from eellm.infer.costs import StepCosts
+from eellm.infer.decode.early import Early
 from eellm.infer.guard import early_pays
 from eellm.infer.readout import Reading
 from eellm.infer.sequence import Sequence as Served
@@ -54,13 +55,11 @@ class ExitShares:
             self.in_use = {at: self._thresholds[at] for at in plan.exits}
 
 
-class GuardedEarly:
+class GuardedEarly(Early):
     """As `Early`, with the exits that pay."""
 
     def __init__(self, thresholds: Mapping[int, float], shares: ExitShares, *, max_deferred: int) -> None:
-        self.thresholds = thresholds
-        self.exits_in_use = frozenset(thresholds)
-        self.max_deferred = max_deferred
+        super().__init__(thresholds, max_deferred=max_deferred)
         self.shares = shares
         self.num_tokens = 0
         self._begin()
@@ -73,19 +72,9 @@ class GuardedEarly:
     def exits(self, seq: Served) -> Mapping[int, float]:
         return {} if seq.answered else self.asked
 
-    def at_exit(self, seq: Served, reading: Reading) -> bool:
-        self._answer(seq, reading)
-        return True
-
-    def num_readings(self, seq: Served) -> int:
-        return 0 if seq.answered else 1
-
-    def at_end(self, seq: Served, readings: Sequence[Reading]) -> None:
-        self._answer(seq, readings[0])
-
-    def _answer(self, seq: Served, reading: Reading) -> None:
+    def answer(self, seq: Served, reading: Reading) -> None:
         if self.asks_all or len(self.asked) == len(self.thresholds):
             self.shares.saw(reading.layer)
-        seq.answer(reading)
+        super().answer(seq, reading)
         self.num_tokens += 1
         self._begin()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from eellm.infer.angles import Angles
+from eellm.infer.asking import ask, rows_of, through_own_layer
 from eellm.infer.attention import PassRows, Span
 from eellm.infer.memory import Memory
 from eellm.infer.network import Network
@@ -80,7 +81,7 @@ class Stage:
             if any(entry.is_tested(layer) or self._keeps(layer, entry) for entry in rows.entries):
                 h_ND = self.network.run(h_ND, done + 1, layer, together, self.memory)
                 done = layer
-                sure = self._ask(layer, self._attended(layer, h_ND, rows, together), rows)
+                sure = self._ask(layer, self._through_own(layer, h_ND, rows, together), rows)
                 if sure:
                     answered(sure)
         return self.network.run(h_ND, done + 1, self.last, together, self.memory)
@@ -103,20 +104,15 @@ class Stage:
         """Whether the exit must have keys and values of the rows, asked or not."""
         return layer in self.own_layer and layer in entry.exits
 
-    def _attended(self, layer: int, h_ND: Tensor, rows: StagePass, together: PassRows) -> Tensor:
-        """Takes the rows of those that use the exit through its own layer. Other rows stay as they are."""
+    def _through_own(self, layer: int, h_ND: Tensor, rows: StagePass, together: PassRows) -> Tensor:
+        """Takes the rows of those that use the exit through its own layer."""
         if layer not in self.own_layer:
             return h_ND
         used = [layer in entry.exits for entry in rows.entries]
-        if all(used):
-            return self.network.attended(layer, h_ND, together, self.memory)
         index: list[int] = []
         for entry, end, is_used in zip(rows.entries, rows.ends, used, strict=True):
             index += range(end - entry.count, end) if is_used else ()
-        out_ND = h_ND.clone()
-        some = PassRows(rows.spans(used), self.angles, self.network.config.kv_heads)
-        out_ND[index] = self.network.attended(layer, h_ND[index], some, self.memory)
-        return out_ND
+        return through_own_layer(self.network, layer, h_ND, together, rows.spans(used), index, self.memory, self.angles)
 
     def _ask(self, layer: int, h_ND: Tensor, rows: StagePass) -> list[tuple[Entry, Reading]]:
         """The entries that the exit answers."""
@@ -124,19 +120,10 @@ class Stage:
         if not tested:
             return []
         entries = [entry for entry, _ in tested]
-        z_ND = self.network.normed(layer, h_ND[[row for _, row in tested]])
-        gated = [i for i, entry in enumerate(entries) if entry.policy == "gate"]
-        gates = dict(zip(gated, self.network.gate(layer, z_ND[gated]).tolist(), strict=True)) if gated else {}
-        sure = [i for i, entry in enumerate(entries) if gates.get(i, 1.0) >= entry.exits[layer]]
-        if not sure:
-            return []
-        answers = []
-        readings = read(self.network, layer, z_ND[sure], [entries[i].policy for i in sure])
-        for i, reading in zip(sure, readings, strict=True):
-            entry = entries[i]
-            entry.heads_run.add(layer)
-            score = gates.get(i, reading.score)
-            if score >= entry.exits[layer]:
-                entry.answered = layer
-                answers.append((entry, Reading(layer, score, reading.token, reading.logprob, reading.logits_V)))
-        return answers
+        h_nD = rows_of(h_ND, [row for _, row in tested])
+        sure, asked = ask(self.network, layer, h_nD, [x.policy for x in entries], [x.exits[layer] for x in entries])
+        for i in asked:
+            entries[i].heads_run.add(layer)
+        for i in sure:
+            entries[i].answered = layer
+        return [(entries[i], reading) for i, reading in sure.items()]

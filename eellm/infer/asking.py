@@ -1,0 +1,71 @@
+"""Asking an exit about some rows: which it is sure of, and what it says of these.
+
+Under the gate policy the output matrix runs only for rows whose gate fires. The decode loop and the workers of a
+pipeline ask in the same way.
+Shapes: N rows of a pass, n of them, D hidden.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from eellm.infer.angles import Angles
+from eellm.infer.attention import PassRows, Span
+from eellm.infer.memory import Memory
+from eellm.infer.network import Network
+from eellm.infer.readout import Reading, read
+
+
+def ask(
+    network: Network, layer: int, h_nD: Tensor, policies: Sequence[str], thresholds: Sequence[float]
+) -> tuple[dict[int, Reading], list[int]]:
+    """What the exit at `layer` says of the rows that it is sure of, by row, and the rows that its output matrix read.
+
+    h_nD: hidden states after that layer, through the exit's own layer where it has one. policies, thresholds: of each
+    row; an exit is sure at a score of at least the threshold.
+    """
+    z_nD = network.normed(layer, h_nD)
+    gated = [i for i, policy in enumerate(policies) if policy == "gate"]
+    scores = network.gate(layer, rows_of(z_nD, gated)).tolist() if gated else []
+    gates = dict(zip(gated, scores, strict=True))
+    asked = [i for i, threshold in enumerate(thresholds) if gates.get(i, threshold) >= threshold]
+    if not asked:
+        return {}, asked
+    sure = {}
+    for i, reading in zip(asked, read(network, layer, rows_of(z_nD, asked), [policies[i] for i in asked]), strict=True):
+        if i in gates:
+            sure[i] = Reading(layer, gates[i], reading.token, reading.logprob, reading.logits_V)
+        elif reading.score >= thresholds[i]:
+            sure[i] = reading
+    return sure, asked
+
+
+def through_own_layer(
+    network: Network,
+    layer: int,
+    h_ND: Tensor,
+    rows: PassRows,
+    spans: Sequence[Span],
+    index: Sequence[int],
+    memory: Memory,
+    angles: Angles,
+) -> Tensor:
+    """Takes rows of a pass through the exit's own layer. Others stay as they are.
+
+    rows: the whole pass. spans, index: of the rows that go through; `index` says which of the pass's they are.
+    """
+    if len(index) == len(h_ND):
+        return network.attended(layer, h_ND, rows, memory)
+    if not index:
+        return h_ND
+    out_ND = h_ND.clone()
+    some = PassRows(spans, angles, network.config.kv_heads)
+    out_ND[list(index)] = network.attended(layer, h_ND[list(index)], some, memory)
+    return out_ND
+
+
+def rows_of(h_ND: Tensor, index: Sequence[int]) -> Tensor:
+    """Some rows; no copy where they are all, or one."""
+    if len(index) == 1:
+        return h_ND[index[0] : index[0] + 1]
+    return h_ND if list(index) == list(range(len(h_ND))) else h_ND[list(index)]
