@@ -2,8 +2,8 @@
 
     Network → timed passes → StepCosts (plain tables, for what decides without torch)
 
-Every part runs on made-up rows behind a context of moderate length, and the median of a few runs counts, each after one
-that warms up. What a tick takes besides is read off a short full-depth run.
+Every part runs on made-up rows behind a context of moderate length, a few times; the quickest run counts, for whatever
+else the machine does only adds to the others. What a tick takes besides is read off a short full-depth run.
 """
 
 import hashlib
@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 import torch
 
@@ -36,7 +35,7 @@ from eellm.infer.scheduler import Scheduler
 from eellm.infer.sequence import Sequence
 from eellm.log import log
 
-NUM_RUNS = 5
+NUM_RUNS = 7
 MIN_OVERHEAD_S = 1e-6
 CONTEXT = 64
 
@@ -108,7 +107,7 @@ def _full_tick_s(network: Network, context: int) -> float:
     while loop.step([seq], 0) is not None:
         pass
     times = seq.times[1:]
-    return median(after - before for before, after in itertools.pairwise(times)) if len(times) > 1 else 0.0
+    return min((after - before for before, after in itertools.pairwise(times)), default=0.0)
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -119,7 +118,7 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
-    return median(times[1:])
+    return min(times)
 
 
 def measured(network: Network, directory: Path | None) -> StepCosts:
