@@ -62,7 +62,7 @@ MLP = {
 }
 LAYER = {
     "attn_norm": SequenceParallel(),
-    "attn": _gathered_input(3),
+    "attn": _gathered_input(2),
     "attn.q": ColwiseParallel(),
     "attn.k": ColwiseParallel(),
     "attn.v": ColwiseParallel(),
