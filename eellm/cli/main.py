@@ -18,6 +18,7 @@ VERBS = {
     "plan": ("eellm.cli.plan", "what a training run will cost: time, idle time, memory, each exit; the best layout"),
     "export": ("eellm.cli.export", "write a training run's checkpoint as a Hugging Face directory with exits"),
     "generate": ("eellm.cli.generate", "continue a prompt, each token leaving at the first exit that is sure enough"),
+    "serve": ("eellm.cli.serve", "answer OpenAI's clients over HTTP, each token leaving where it may"),
     "bench": ("eellm.cli.bench", "measure how fast a model decodes here: methods, batch sizes, 8 and 4 bits"),
     "evaluate": ("eellm.cli.evaluate", "measure each exit on a text; quality against speed over thresholds"),
 }

@@ -17,8 +17,7 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        is_byte_level = tokenizer.join(["ĠĊ", "Ġ"]) == " \n "
-        self._decoder = _ByteLevel() if is_byte_level else _Window(tokenizer)
+        self._decoder = _ByteLevel() if _is_byte_level(tokenizer) else _Window(tokenizer)
 
     def push(self, token_id: int) -> str:
         """The text that this token made certain; empty while a character or a run of bytes is unfinished."""
@@ -30,6 +29,18 @@ class StreamDecoder:
         return self._decoder.finish()
 
 
+def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
+    """What one token adds to a text, be it a part of a character; a special token is what it is called."""
+    piece = tokenizer.piece(token_id)
+    if piece is not None and _is_byte_level(tokenizer):
+        return _spelt(piece)
+    if piece is not None and _has_byte_fallback(tokenizer) and _BYTE.fullmatch(piece):
+        return bytes([int(piece[3:5], 16)])
+    once = tokenizer.decode([token_id], skip_special_tokens=False)
+    twice = tokenizer.decode([token_id, token_id], skip_special_tokens=False)  # the first one may lose its space
+    return (twice.removeprefix(once) or once).encode()
+
+
 class _ByteLevel:
     """Each piece spells bytes; text is certain up to an unfinished UTF-8 character."""
 
@@ -37,9 +48,7 @@ class _ByteLevel:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, piece: str) -> str:
-        table = _byte_of_char()
-        spelt = all(char in table for char in piece)  # an added token may hold others, and then stands for itself
-        return self._utf8.decode(bytes(table[char] for char in piece) if spelt else piece.encode())
+        return self._utf8.decode(_spelt(piece))
 
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)
@@ -54,13 +63,13 @@ class _Window:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._has_byte_fallback = tokenizer.join(["<0x41>"]) == "A"
+        self._has_byte_fallback = _has_byte_fallback(tokenizer)
         self._before: list[str] = []
         self._new: list[str] = []
 
     def push(self, piece: str) -> str:
         self._new.append(piece)
-        is_byte = self._has_byte_fallback and re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece)
+        is_byte = self._has_byte_fallback and _BYTE.fullmatch(piece)
         return "" if is_byte else self.finish()
 
     def finish(self) -> str:
@@ -99,6 +108,24 @@ def _first_hold(text: str, stop: str) -> int:
     """Where the longest end of `text` begins that is a beginning of `stop`, but not all of it."""
     lengths = range(min(len(stop) - 1, len(text)), 0, -1)
     return len(text) - next((n for n in lengths if text.endswith(stop[:n])), 0)
+
+
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
+
+
+def _is_byte_level(tokenizer: Tokenizer) -> bool:
+    return tokenizer.join(["ĠĊ", "Ġ"]) == " \n "
+
+
+def _has_byte_fallback(tokenizer: Tokenizer) -> bool:
+    return tokenizer.join(["<0x41>"]) == "A"
+
+
+def _spelt(piece: str) -> bytes:
+    """The bytes that a byte-level piece spells."""
+    table = _byte_of_char()
+    spelt = all(char in table for char in piece)  # an added token may hold others, and then stands for itself
+    return bytes(table[char] for char in piece) if spelt else piece.encode()
 
 
 @cache

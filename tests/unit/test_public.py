@@ -14,6 +14,7 @@ import pytest
 import eellm
 from eellm.cli.main import VERBS
 from eellm.config.plan import PlanConfig
+from eellm.config.serve import ServeConfig
 from eellm.config.train import TrainConfig
 from eellm.config.tune import TuneConfig
 
@@ -37,6 +38,11 @@ OPTIONS = {
     "bench": "model adapter tokens rounds batch threshold quantized out dtype device",
     "evaluate": """
         model text adapter curve out policy exits new-tokens seq-len max-tokens batch-size dtype device json
+    """,
+    "serve": """
+        model adapter name models host port api-keys open-to-all allowed-hosts cors-origins max-batch max-waiting
+        max-tokens max-body-bytes max-stops max-stop-chars method quantize workers dtype device warm-up deadline-s body-s
+        drain-s log-prompts
     """,
     "tune": """
         model.base model.adapter model.exits model.init model.fit-scale model.dtype model.device
@@ -82,7 +88,7 @@ PARALLEL = """
     parallel.stages-per-rank parallel.layers-per-stage parallel.exit-placement parallel.exit-mode parallel.recompute
     parallel.compile parallel.timeout-s
 """
-RECIPES = {"tune": TuneConfig, "train": TrainConfig, "plan": PlanConfig}
+RECIPES = {"tune": TuneConfig, "train": TrainConfig, "plan": PlanConfig, "serve": ServeConfig}
 
 
 LIGHT = """
@@ -90,7 +96,7 @@ LIGHT = """
     eellm.config.optim eellm.config.parallel eellm.config.train eellm.config.tune
     eellm.text.bytes eellm.text.chat eellm.text.stream eellm.text.tokenizer
     eellm.data.prepare eellm.data.sources eellm.cli.main eellm.cli.options
-    eellm.train.check eellm.train.weights eellm.train.dropout eellm.cli.plan eellm.config.plan
+    eellm.train.check eellm.train.weights eellm.train.dropout eellm.cli.plan eellm.config.plan eellm.cli.serve eellm.config.serve
 """
 LIGHT += " ".join(
     f"eellm.{layer}.{path.stem}" for layer in ("schedule", "plan") for path in (ROOT / "eellm" / layer).glob("[!_]*.py")

@@ -1,0 +1,84 @@
+"""The models of a server: each loaded, with an engine, a thread and a name of its own.
+
+Adapters of one base directory are loaded onto one backbone, so its parameters are in memory once. (An engine packs
+matrices for itself; these aren't shared.)
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from eellm.checkpoint.exits import EXITS_JSON, base_of, load_exits
+from eellm.checkpoint.hf import load
+from eellm.config.serve import ServeConfig, ServedModel
+from eellm.exits.lm import EarlyExitLM
+from eellm.infer.engine import Engine
+from eellm.serve.forms import Names
+from eellm.serve.worker import Worker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """One model, by name."""
+
+    name: str
+    engine: Engine
+    worker: Worker
+    names: Names
+    created: int
+
+    @property
+    def model(self) -> EarlyExitLM:
+        return self.engine.model
+
+
+def serve_models(config: ServeConfig, *, cache_dir: Path | None) -> dict[str, Served]:
+    """Loads all, and measures what their parts cost unless told not to. Raises CheckpointError, ConfigError."""
+    loaded = load_models(config.served(), dtype=config.dtype, device=config.device)
+    return {name: make_served(name, model, config, cache_dir=cache_dir) for name, model in loaded.items()}
+
+
+def make_served(name: str, model: EarlyExitLM, config: ServeConfig, *, cache_dir: Path | None = None) -> Served:
+    engine = Engine(
+        model,
+        max_batch=config.max_batch,
+        max_tokens=config.max_tokens,
+        quantize=config.quantize,
+        cache_dir=cache_dir,
+        workers=config.workers,
+    )
+    if config.warm_up:
+        engine.generate([[0]], method="auto", max_new_tokens=2, ignore_eos=True)
+    worker = Worker(engine, max_waiting=config.max_waiting, name=name)
+    return Served(name=name, engine=engine, worker=worker, names=Names(model.tokenizer), created=int(time.time()))
+
+
+def load_models(entries: Iterable[ServedModel], *, dtype: str, device: str) -> dict[str, EarlyExitLM]:
+    models: dict[str, EarlyExitLM] = {}
+    backbones: dict[Path, EarlyExitLM] = {}
+    for entry in entries:
+        path, adapter = Path(entry.path), entry.adapter
+        if adapter is None and (path / EXITS_JSON).exists() and not (path / "config.json").exists():
+            path, adapter = base_of(path), path
+        if adapter is None or not path.is_dir():
+            models[entry.name] = load(entry.path, adapter, dtype=dtype, device=device)
+            continue
+        base = path.resolve()
+        if base not in backbones:
+            backbones[base] = load(path, dtype=dtype, device=device)
+        models[entry.name] = with_adapter(backbones[base], adapter, base)
+    return models
+
+
+def with_adapter(model: EarlyExitLM, adapter: Path, base: Path) -> EarlyExitLM:
+    """A model of the same parameters, with the adapter's exits besides its own."""
+    with torch.device("meta"):
+        other = EarlyExitLM(replace(model.config, exits=()))
+    other.config, other.decoder, other.tokenizer = model.config, model.decoder, model.tokenizer
+    for layer, exit in model.exits.items():
+        other.exits[layer] = exit
+    load_exits(other, adapter, base=base)
+    return other.eval()

@@ -1,0 +1,150 @@
+"""What a client may ask: OpenAI's fields, and a few of ours. Strict: unknown fields are refused by name, true is no
+number, "1" is none either, a whole number is one.
+
+What a request means to the engine is said in `eellm.serve.ask`; the bounds here are those that need no model.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from eellm.config.infer import Method, PolicyName
+from eellm.errors import did_you_mean
+from eellm.serve.refusals import Refusal
+
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+TokenId = Annotated[int, Field(ge=0)]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+
+
+class Strict(BaseModel):
+    """A table whose keys are all known and whose values are what they are."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class EarlyExit(Strict):
+    """Where tokens may leave the model, and whether the answer says where they did."""
+
+    method: Method | None = None
+    """Unset: `early` where any of the next four is given, else what the server is set to."""
+    policy: PolicyName | None = None
+    threshold: Annotated[float, Field(ge=0)] | dict[str, Annotated[float, Field(ge=0)]] | None = None
+    """One, or one per exit layer: {"10": 0.9, "20": 0.7}."""
+    exits: list[int] | None = None
+    max_deferred: Annotated[int, Field(ge=1)] | None = None
+    report: bool = False
+    """Every token's log-probability entry tells its exit, and how sure each exit asked was."""
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether it asks for exits to answer."""
+        return any(value is not None for value in (self.policy, self.threshold, self.exits, self.max_deferred))
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+    """Before the end, one more chunk with what was used."""
+
+
+class Asked(Strict):
+    """What completions and chats have in common."""
+
+    model: str
+    """One of /v1/models."""
+    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 1.0
+    top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 1.0
+    seed: Seed | None = None
+    n: Annotated[int, Field(ge=1, le=128)] = 1
+    stop: str | list[str] | None = None
+    ignore_eos: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    """Taken and not used."""
+    early_exit: EarlyExit = EarlyExit()
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> "Asked":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options are for stream = true")
+        return self
+
+
+class CompletionRequest(Asked):
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    max_tokens: Annotated[int, Field(ge=0)] | None = 16
+    """0 with `echo`: only the prompt is scored."""
+    echo: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @model_validator(mode="after")
+    def _check_max_tokens(self) -> "CompletionRequest":
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens = 0 makes nothing; it is for echo = true")
+        return self
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates know it; they know no developers."""
+        role = "system" if self.role == "developer" else self.role
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": role, "content": content} | ({} if self.name is None else {"name": self.name})
+
+
+class ChatRequest(Asked):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Unset: as much as there is room for."""
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    """The newer name of `max_tokens`."""
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs are for logprobs = true")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("max_tokens and max_completion_tokens are two names of one number; give one")
+        return self
+
+
+def refusal_of_errors(errors: list[Any], schema: type[Strict] | None) -> Refusal:
+    """What pydantic found wrong with a body, as one sentence about the first field."""
+    error = min(errors, key=lambda error: _ORDER.get(error["type"], 1))
+    place = [str(part) for part in error["loc"] if part != "body"]
+    alternatives = {"str", "float", "int", "bool"}
+    place = [p for p in place if p not in alternatives and "[" not in p and "-" not in p] if len(place) > 1 else place
+    param = ".".join(place) or None
+    if error["type"] == "json_invalid":
+        return Refusal(400, f"the body is not JSON: {error.get('ctx', {}).get('error', error['msg'])}")
+    if error["type"] == "extra_forbidden":
+        nearest = schema if len(place) == 1 else _TABLES.get(place[0])
+        fields = () if nearest is None else nearest.model_fields
+        return Refusal(
+            400, f"unknown field '{param}'{did_you_mean(place[-1], fields)}", param=param, code="unknown_field"
+        )
+    if error["type"] == "missing":
+        return Refusal(400, "the body is empty" if param is None else f"'{param}' is missing", param=param)
+    message = error["msg"].removeprefix("Value error, ")
+    return Refusal(400, message if param is None else f"{param}: {message}", param=param)
+
+
+_TABLES: dict[str, type[Strict]] = {"early_exit": EarlyExit, "stream_options": StreamOptions, "messages": Message}
+_ORDER = {"extra_forbidden": 0}

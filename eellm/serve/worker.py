@@ -1,0 +1,271 @@
+"""One thread that owns an engine: jobs go in through a queue, what each step made comes out.
+
+    Job → submit → inbox → [engine.submit, engine.step …] → one hand-over per step → Job.out (in the event loop)
+
+The event loop never waits for the engine's lock, and the engine never waits for a client. Each turn takes what came in
+(so a cancelled job is gone within a step), steps once, and hands over the tokens of all jobs at once; without jobs the
+thread sleeps on its queue. Jobs are counted in the event loop, so that one too many is refused before it costs
+anything.
+"""
+
+import asyncio
+import math
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from eellm.config.infer import GenerateConfig
+from eellm.infer.engine import Engine
+from eellm.infer.handle import Handle
+from eellm.infer.result import Stats, Token
+from eellm.log import log
+from eellm.serve.refusals import Refusal, refusal_of
+
+
+class Progress(NamedTuple):
+    """What a job has come to since the last one."""
+
+    index: int
+    """The job's, within its request."""
+    tokens: list[Token]
+    finish_reason: str | None = None
+    stats: Stats | None = None
+    """With the finish reason."""
+    error: Refusal | None = None
+
+
+class Mailbox:
+    """Progress of a request's jobs, from its worker's hand-overs to whoever answers it. Event loop only."""
+
+    def __init__(self) -> None:
+        self._items: list[Progress] = []
+        self._filled = asyncio.Event()
+
+    def put(self, item: Progress) -> None:
+        self._items.append(item)
+        self._filled.set()
+
+    async def take(self) -> list[Progress]:
+        """All that is there, as soon as anything is."""
+        await self._filled.wait()
+        self._filled.clear()
+        items, self._items = self._items, []
+        return items
+
+
+@dataclass(eq=False, kw_only=True)
+class Job:
+    """One prompt to continue."""
+
+    index: int
+    tokens: Sequence[int]
+    options: GenerateConfig
+    out: Mailbox
+    stream: bool
+    """Whether tokens are wanted as they are made; else all come at the end."""
+    deadline_s: float
+    """On the clock of `time.perf_counter`."""
+    handle: Handle | None = None
+    is_open: bool = True
+    """Counted in the event loop: not over yet."""
+    times: list[float] = field(default_factory=list)
+    """When its tokens were handed over or kept."""
+    kept: list[Token] = field(default_factory=list)
+
+
+class Worker:
+    """Drives one engine. `start`, then `submit` and `call` from the event loop that it was started in."""
+
+    def __init__(self, engine: Engine, *, max_waiting: int, name: str) -> None:
+        self.engine = engine
+        self.num_slots = engine.slots.num_free
+        self.capacity = self.num_slots + max_waiting
+        self.num_open = 0
+        """Jobs that aren't over."""
+        self.num_running = 0
+        """Of these, how many the engine runs, after its latest step."""
+        self.failure: Refusal | None = None
+        """Why there will be no further answer."""
+        self.mean_job_s = 1.0
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._jobs: dict[Job, None] = {}
+        self._thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    # --- in the event loop ---
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """All of them, or a Refusal."""
+        if self.failure is not None:
+            raise self.failure
+        if len(jobs) > self.capacity:
+            raise Refusal(400, f"{len(jobs)} answers in one request: at most {self.capacity} are made here")
+        if self.num_open + len(jobs) > self.capacity:
+            wait_s = math.ceil(min(60, max(1, self.mean_job_s * self.num_open / self.num_slots)))
+            message = f"{self.num_open} requests are running or waiting here; ask again later"
+            raise Refusal(429, message, code="queue_full", headers={"retry-after": str(wait_s)})
+        self.num_open += len(jobs)
+        for job in jobs:
+            self._inbox.put(lambda job=job: self._begin(job))
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """Ends those that aren't over, before the next step."""
+        for job in jobs:
+            if job.is_open:
+                self._inbox.put(lambda job=job: self._cancel(job))
+
+    async def call(self, function: Callable[..., Any], *args: Any, **fields: Any) -> Any:
+        """Runs something on the engine between two steps; its result, or its error."""
+        if self.failure is not None:
+            raise self.failure
+        assert self._loop is not None, "start comes first"
+        future: asyncio.Future[Any] = self._loop.create_future()
+
+        def run() -> None:
+            try:
+                if self.failure is not None:
+                    raise self.failure
+                settle, value = _resolve, function(*args, **fields)
+            except Exception as error:  # handed to who asked
+                settle, value = _reject, error
+            self._post(settle, future, value)
+
+        self._inbox.put(run)
+        return await future
+
+    def stop(self) -> None:
+        """Ends the thread before its next step; jobs that are open hear of it."""
+        self._inbox.put(None)
+
+    def join(self, timeout_s: float) -> None:
+        self._thread.join(timeout_s)
+
+    def _deliver(self, items: list[tuple[Job, Progress]]) -> None:
+        for job, progress in items:
+            if progress.finish_reason is not None or progress.error is not None:
+                job.is_open = False
+                self.num_open -= 1
+                if progress.stats is not None:
+                    spent_s = progress.stats.prefill_s + progress.stats.decode_s
+                    self.mean_job_s += 0.1 * (spent_s - self.mean_job_s)
+            job.out.put(progress)
+
+    # --- in the engine's thread ---
+
+    def _run(self) -> None:
+        try:
+            while self._take_in():
+                if self._jobs:
+                    self.engine.step()
+                    self._hand_over()
+            reason = Refusal(503, "the server is shutting down", code="shutting_down")
+        except Exception as error:  # a lost worker, or a bug: nobody may wait for an answer that won't come
+            log.error("the engine's thread has ended:\n%s", traceback.format_exc())
+            reason = refusal_of(error)
+        self.failure = reason
+        self._post(self._deliver, [(job, Progress(job.index, [], error=reason)) for job in self._jobs])
+        self._jobs.clear()
+        self.num_running = 0
+        self.engine.close()
+        self._post(self._refuse_rest)
+
+    def _refuse_rest(self) -> None:
+        """In the event loop, after the thread's last word: nothing comes into the inbox any more."""
+        while not self._inbox.empty():
+            command = self._inbox.get_nowait()
+            if command is not None:
+                command()
+
+    def _take_in(self) -> bool:
+        """Does what was asked; waits for it where there are no jobs. Returns whether to go on."""
+        while not self._jobs or not self._inbox.empty():
+            command = self._inbox.get()
+            if command is None:
+                return False
+            command()
+        return True
+
+    def _begin(self, job: Job) -> None:
+        error = self.failure
+        if error is None and job.is_open:
+            try:
+                job.handle = self.engine.submit(job.tokens, job.options)
+                self._jobs[job] = None
+                return
+            except Exception as caught:  # what can't be served ends this job alone
+                error = refusal_of(caught)
+                if error.status == 500:
+                    log.error("a request can't be begun:\n%s", traceback.format_exc())
+        assert error is not None, "a job is begun once"
+        self._post(self._deliver, [(job, Progress(job.index, [], error=error))])
+
+    def _cancel(self, job: Job) -> None:
+        if self._jobs.pop(job, 0) is None:
+            assert job.handle is not None, "it has begun"
+            job.handle.cancel()
+            self._post(self._deliver, [(job, self._last(job, []))])
+
+    def _hand_over(self) -> None:
+        """One message for all jobs."""
+        now = time.perf_counter()
+        items, over = [], []
+        for job in self._jobs:
+            handle = job.handle
+            assert handle is not None, "it has begun"
+            new = taken(handle)
+            if new:
+                job.times += [now] * len(new)
+            if handle.finish_reason is not None:
+                over.append(job)
+                items.append((job, self._last(job, [*job.kept, *new])))
+            elif now > job.deadline_s:
+                handle.cancel()
+                over.append(job)
+                error = Refusal(504, "the request took longer than it may here", code="deadline")
+                items.append((job, Progress(job.index, [], error=error)))
+            elif job.stream:
+                if new:
+                    items.append((job, Progress(job.index, new)))
+            else:
+                job.kept += new
+        for job in over:
+            del self._jobs[job]
+        self.num_running = len(self.engine.running)
+        if items:
+            self._post(self._deliver, items)
+
+    @staticmethod
+    def _last(job: Job, tokens: list[Token]) -> Progress:
+        assert job.handle is not None, "it has begun"
+        return Progress(job.index, tokens, job.handle.finish_reason, job.handle.stats())
+
+    def _post(self, function: Callable[..., None], *args: Any) -> None:
+        assert self._loop is not None, "start comes first"
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *args)
+
+
+def taken(handle: Handle) -> list[Token]:
+    """The tokens that are there, without driving the engine."""
+    new = handle._seq.new
+    tokens = list(new)
+    new.clear()
+    return tokens
+
+
+def _resolve(future: "asyncio.Future[Any]", value: Any) -> None:
+    if not future.done():
+        future.set_result(value)
+
+
+def _reject(future: "asyncio.Future[Any]", error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
