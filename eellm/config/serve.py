@@ -57,7 +57,7 @@ class ServeConfig:
     """Requests that may wait; the next ones get 429."""
     max_tokens: int = 4096
     """Most tokens of one request, prompt and answer together."""
-    max_body_bytes: int = 4_000_000
+    max_body_bytes: int = 1_000_000
     """Largest request body."""
     max_stops: int = 16
     """Most stop strings of a request."""

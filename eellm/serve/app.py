@@ -48,7 +48,8 @@ class Server:
     def model(self, name: str) -> Served:
         if name not in self.served:
             known = ", ".join(self.served)
-            message = f"model {name!r} is not served here{did_you_mean(name, self.served)}; there is {known}"
+            asked = name[:100]
+            message = f"model {asked!r} is not served here{did_you_mean(asked, self.served)}; there is {known}"
             raise Refusal(404, message, param="model", code="model_not_found")
         return self.served[name]
 

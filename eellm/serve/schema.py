@@ -4,9 +4,10 @@ number, "1" is none either, a whole number is one.
 What a request means to the engine is said in `eellm.serve.ask`; the bounds here are those that need no model.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from eellm.config.infer import Method, PolicyName
 from eellm.errors import did_you_mean
@@ -15,6 +16,17 @@ from eellm.serve.refusals import Refusal
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
 TokenId = Annotated[int, Field(ge=0)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+
+
+def _well_formed(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text holds half of a surrogate pair; send well-formed Unicode") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_well_formed)]
 
 
 class Strict(BaseModel):
@@ -50,7 +62,7 @@ class StreamOptions(Strict):
 class Asked(Strict):
     """What completions and chats have in common."""
 
-    model: str
+    model: Text
     """One of /v1/models."""
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 1.0
     top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 1.0
@@ -61,11 +73,11 @@ class Asked(Strict):
     repetition_penalty: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 1.0
     seed: Seed | None = None
     n: Annotated[int, Field(ge=1, le=128)] = 1
-    stop: str | list[str] | None = None
+    stop: Text | list[Text] | None = None
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = None
+    user: Text | None = None
     """Taken and not used."""
     early_exit: EarlyExit = EarlyExit()
 
@@ -77,7 +89,7 @@ class Asked(Strict):
 
 
 class CompletionRequest(Asked):
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]]
     max_tokens: Annotated[int, Field(ge=0)] | None = 16
     """0 with `echo`: only the prompt is scored."""
     echo: bool = False
@@ -92,13 +104,13 @@ class CompletionRequest(Asked):
 
 class TextPart(Strict):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
+    content: Text | list[TextPart]
+    name: Text | None = None
 
     def plain(self) -> dict[str, str]:
         """As chat templates know it; they know no developers."""
@@ -127,14 +139,20 @@ class ChatRequest(Asked):
 
 def refusal_of_errors(errors: list[Any], schema: type[Strict] | None) -> Refusal:
     """What pydantic found wrong with a body, as one sentence about the first field."""
-    error = min(errors, key=lambda error: _ORDER.get(error["type"], 1))
-    place = [str(part) for part in error["loc"] if part != "body"]
-    alternatives = {"str", "float", "int", "bool"}
-    place = [p for p in place if p not in alternatives and "[" not in p and "-" not in p] if len(place) > 1 else place
+    error = min(errors, key=lambda error: (error["type"] != "extra_forbidden", -len(error["loc"])))
+    is_unknown = error["type"] == "extra_forbidden"
+    place = [
+        str(part)[:100] for part in error["loc"][1:]
+    ]  # behind "body"; a name that we don't know can be of any size
+    place = [
+        part
+        for i, part in enumerate(place)
+        if i == 0 or (is_unknown and i == len(place) - 1) or not _ALTERNATIVE.match(part)
+    ]
     param = ".".join(place) or None
     if error["type"] == "json_invalid":
         return Refusal(400, f"the body is not JSON: {error.get('ctx', {}).get('error', error['msg'])}")
-    if error["type"] == "extra_forbidden":
+    if is_unknown:
         nearest = schema if len(place) == 1 else _TABLES.get(place[0])
         fields = () if nearest is None else nearest.model_fields
         return Refusal(
@@ -143,8 +161,16 @@ def refusal_of_errors(errors: list[Any], schema: type[Strict] | None) -> Refusal
     if error["type"] == "missing":
         return Refusal(400, "the body is empty" if param is None else f"'{param}' is missing", param=param)
     message = error["msg"].removeprefix("Value error, ")
+    if place and place[0] in _SEVERAL and error["type"] != "value_error":
+        param, message = place[0], _SEVERAL[place[0]]
     return Refusal(400, message if param is None else f"{param}: {message}", param=param)
 
 
 _TABLES: dict[str, type[Strict]] = {"early_exit": EarlyExit, "stream_options": StreamOptions, "messages": Message}
-_ORDER = {"extra_forbidden": 0}
+_SEVERAL = {
+    "prompt": "must be a string, a list of strings, a list of token ids, or a list of such lists",
+    "stop": "must be a string or a list of strings",
+}
+"""Fields of several types, where an error about one of them would mislead."""
+_ALTERNATIVE = re.compile(r"(str|int|float|bool|constrained-\w+|(list|dict|function-after)\[.*)$")
+"""How pydantic names the types that a field may have, in the place of an error."""

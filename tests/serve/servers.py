@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import socket
 import threading
 import time
 from dataclasses import dataclass, field
@@ -103,3 +104,43 @@ def events(text: str) -> list[dict]:
     assert lines[-1] == "data: [DONE]"
     assert all(line.startswith("data: ") for line in lines)
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+@contextlib.contextmanager
+def held(engine):
+    """Its steps wait for `go(number)`; at the end they are free."""
+    steps = threading.Semaphore(0)
+    free = threading.Event()
+    step = engine.step
+
+    def waiting():
+        while not free.is_set() and not steps.acquire(timeout=0.02):
+            pass
+        return step()
+
+    engine.step = waiting
+    try:
+        yield steps.release
+    finally:
+        free.set()
+        engine.step = step
+
+
+def raw(server: TestServer) -> socket.socket:
+    """A connection on which anything can be sent."""
+    host, port = server.url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=30)
+    return connection
+
+
+def request_bytes(body: dict, path="/v1/completions", headers=()) -> bytes:
+    data = json.dumps(body).encode()
+    lines = [f"POST {path} HTTP/1.1", "host: 127.0.0.1", "content-type: application/json", *headers]
+    return "\r\n".join([*lines, f"content-length: {len(data)}", "", ""]).encode() + data
+
+
+def read_all(connection: socket.socket) -> bytes:
+    parts = []
+    while part := connection.recv(65536):
+        parts.append(part)
+    return b"".join(parts)

@@ -1,0 +1,265 @@
+"""Clients that leave, dawdle and flood: the others' answers stay right, nothing is left behind, nobody hangs."""
+
+import asyncio
+import contextlib
+import json
+
+import httpx
+import openai
+import pytest
+
+import eellm
+from eellm.errors import WorkerError
+from tests.serve.servers import eventually, held, raw, read_all, request_bytes, served_model, serving
+
+LONG = {"model": "tiny", "prompt": "x", "max_tokens": 4000, "temperature": 0, "ignore_eos": True}
+SHORT = {"model": "tiny", "prompt": "for x in", "max_tokens": 12, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return served_model(max_seq_len=4096)
+
+
+@pytest.fixture
+def server(model):
+    with serving({"tiny": model}, max_tokens=4096, max_batch=4, max_waiting=4) as running:
+        yield running
+
+
+def wanted(model):
+    (out,) = eellm.generate(model, ["for x in"], method="full", max_new_tokens=12)
+    return out.text
+
+
+def ask(server, **fields):
+    return server.post(**SHORT | fields)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_slot_before_the_next_step_but_one(server, stream):
+    with held(server.engine) as go:
+        with raw(server) as connection:
+            connection.sendall(request_bytes(LONG | {"stream": stream}))
+            go(3)
+            eventually(lambda: server.engine.num_ticks == 3)
+            assert server.engine.stats().num_running == 1
+        eventually(lambda: not server.worker._inbox.empty())
+        go(1)
+        eventually(lambda: server.engine.stats().num_running == 0)
+        assert server.engine.num_ticks <= 4
+    eventually(server.is_idle)
+    assert ask(server).status_code == 200
+
+
+def test_a_client_that_leaves_while_it_waits_takes_its_place_in_the_queue_along(server):
+    with held(server.engine) as go:
+        connections = [raw(server) for _ in range(6)]
+        for connection in connections:
+            connection.sendall(request_bytes(LONG))
+        eventually(lambda: server.worker.num_open == 6)
+        for connection in connections:
+            connection.close()
+        eventually(lambda: server.worker._inbox.qsize() >= 6 or server.worker.num_open == 0)
+        go(2)
+        eventually(server.is_idle)
+    assert server.engine.stats().num_free_slots == 4
+
+
+def test_many_clients_that_leave_mid_stream_disturb_nobody(server, model):
+    text = wanted(model)
+
+    async def leave(client, i):
+        fields = LONG | {"prompt": f"x{i}", "stream": True}
+        try:
+            async with client.stream("POST", "/v1/completions", json=fields) as answer:
+                if answer.status_code == 429:
+                    return "full"
+                async for _ in answer.aiter_raw():
+                    return "left"
+        except httpx.ReadError:
+            return "cut"
+
+    async def stay(client):
+        while True:
+            answer = await client.post("/v1/completions", json=SHORT)
+            if answer.status_code == 200:
+                return answer.json()["choices"][0]["text"]
+            assert answer.status_code == 429
+            await asyncio.sleep(0.01)
+
+    async def all_of_them():
+        limits = httpx.Limits(max_connections=12)
+        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as client:
+            leaving = asyncio.gather(*(leave(client, i) for i in range(60)))
+            staying = asyncio.gather(*(stay(client) for _ in range(6)))
+            return await leaving, await staying
+
+    left, texts = asyncio.run(all_of_them())
+    assert left.count("left") > 8
+    assert set(left) <= {"left", "full"}
+    assert texts == [text] * 6
+    eventually(server.is_idle)
+    assert server.engine.stats().num_free_slots == 4
+
+
+def test_a_client_that_reads_a_byte_at_a_time_holds_up_nobody(server, model):
+    with raw(server) as slow:
+        slow.sendall(request_bytes(LONG | {"stream": True, "max_tokens": 400}))
+        assert slow.recv(1)
+        for _ in range(5):
+            assert ask(server).json()["choices"][0]["text"] == wanted(model)
+            assert slow.recv(1)
+        eventually(lambda: server.worker.num_open == 0)  # its tokens are made, read or not
+        rest = b""
+        while not rest.endswith(b"0\r\n\r\n"):
+            rest += slow.recv(65536)
+    assert rest.count(b"data: {") >= 390
+    assert b"data: [DONE]" in rest
+
+
+def test_a_client_that_never_sends_its_body_is_let_go(model):
+    with serving({"tiny": model}, body_s=0.3) as server, raw(server) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 50\r\n\r\n{")
+        assert read_all(connection).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_client_that_leaves_within_its_body_leaves_nothing(server):
+    with raw(server) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 50\r\n\r\n{")
+    eventually(server.is_idle)
+    assert ask(server).status_code == 200
+
+
+@pytest.mark.parametrize("junk", [b"\x00\x01\r\n\r\n", b"GET / HTTP/9\r\n\r\n", b"\x16\x03\x01\x02", b"\r\n\r\n"])
+def test_what_is_no_http_hurts_nobody(server, junk):
+    with raw(server) as connection:
+        connection.sendall(junk)
+        connection.settimeout(0.2)
+        with contextlib.suppress(TimeoutError):
+            read_all(connection)
+    assert ask(server).status_code == 200
+
+
+def test_one_request_too_many_gets_429_and_is_told_when_to_come_back(server):
+    with held(server.engine):
+        connections = [raw(server) for _ in range(8)]
+        for connection in connections:
+            connection.sendall(request_bytes(SHORT))
+        eventually(lambda: server.worker.num_open == 8)
+        answer = ask(server)
+        assert answer.status_code == 429
+        assert 1 <= int(answer.headers["retry-after"]) <= 60
+        assert answer.json()["error"]["type"] == "rate_limit_error"
+        with server.client() as client, pytest.raises(openai.RateLimitError):
+            client.completions.create(**SHORT, stream=True)
+        text = server.get("/metrics").text
+        assert 'eellm_num_requests_waiting{model="tiny"}' in text
+    for connection in connections:
+        with connection:
+            connection.settimeout(30)
+            assert connection.recv(15) == b"HTTP/1.1 200 OK"
+    with server.client(max_retries=2) as client:
+        assert client.completions.create(**SHORT)
+
+
+def test_several_answers_take_as_many_places(server):
+    with held(server.engine), raw(server) as connection:
+        connection.sendall(request_bytes(SHORT | {"n": 7}))
+        eventually(lambda: server.worker.num_open == 7)
+        assert ask(server, n=2).status_code == 429
+        assert server.worker.num_open == 7
+    eventually(server.is_idle)
+
+
+def test_a_request_past_its_deadline_is_ended(model):
+    with serving({"tiny": model}, deadline_s=0.3, max_tokens=4096) as server:
+        answer = server.post(**LONG)
+        assert answer.status_code == 504
+        assert answer.json()["error"]["type"] == "timeout_error"
+        eventually(server.is_idle)
+        fields = {name: value for name, value in LONG.items() if name != "ignore_eos"}
+        with server.client() as client:
+            chunks = client.completions.create(**fields, stream=True, extra_body={"ignore_eos": True})
+            with pytest.raises(openai.APIError, match="took longer"):
+                list(chunks)
+        eventually(server.is_idle)
+
+
+def test_a_request_that_waits_past_its_deadline_is_ended_too(model):
+    with serving({"tiny": model}, deadline_s=0.5, max_batch=1, max_tokens=4096) as server:
+
+        async def both():
+            async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
+                return await asyncio.gather(*(client.post("/v1/completions", json=LONG) for _ in range(2)))
+
+        assert [answer.status_code for answer in asyncio.run(both())] == [504, 504]
+        eventually(server.is_idle)
+
+
+def test_a_bug_in_one_request_s_beginning_ends_that_request_alone(server, monkeypatch, caplog):
+    submit = server.engine.submit
+
+    def broken(tokens, options):
+        if options.max_new_tokens == 7:
+            raise AssertionError("a bug")
+        return submit(tokens, options)
+
+    monkeypatch.setattr(server.engine, "submit", broken)
+    answer = ask(server, max_tokens=7)
+    assert answer.status_code == 500
+    assert "a bug" not in answer.text
+    assert "AssertionError: a bug" in caplog.text
+    assert ask(server).status_code == 200
+    eventually(server.is_idle)
+
+
+@pytest.mark.parametrize(("error", "status"), [(WorkerError("worker 1 died"), 503), (AssertionError("a bug"), 500)])
+def test_when_the_engine_is_lost_everybody_hears_of_it_and_nobody_hangs(model, error, status):
+    with serving({"tiny": model}, max_tokens=4096) as server, raw(server) as whole, raw(server) as streamed:
+        with held(server.engine) as go:
+            whole.sendall(request_bytes(LONG, headers=["connection: close"]))
+            streamed.sendall(request_bytes(LONG | {"stream": True}, headers=["connection: close"]))
+            go(4)
+            eventually(lambda: server.worker.num_running == 2)
+
+            def lost(*_):
+                raise error
+
+            server.engine.loop.step = lost
+        answer = read_all(whole)
+        assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+        assert b"a bug" not in answer
+        assert b'"error":{' in read_all(streamed)
+        assert ask(server).status_code == status
+        for path in ("/ready", "/health"):
+            assert server.get(path).status_code == status
+        assert server.worker.num_open == 0
+
+
+def test_a_score_that_can_t_be_made_is_refused(server):
+    answer = ask(server, echo=True, logprobs=0, max_tokens=0, prompt=[3] * 5000)
+    assert answer.status_code == 400
+
+
+def test_memory_of_requests_goes_with_them(server):
+    import gc
+
+    from eellm.serve.answer import Answer
+    from eellm.serve.worker import Job
+
+    for i in range(20):
+        ask(server, prompt=f"x{i}", stream=i % 2 == 0)
+    eventually(server.is_idle)
+    gc.collect()
+    assert [thing for thing in gc.get_objects() if type(thing) in (Job, Answer)] == []
+
+
+def test_an_event_that_ends_badly_says_so_within_the_stream(model):
+    with serving({"tiny": model}, deadline_s=0.4, max_tokens=4096) as server:
+        answer = server.post(**LONG | {"stream": True})
+        assert answer.status_code == 200
+        lines = answer.text[:-2].split("\n\n")
+        assert lines[-1] == "data: [DONE]"
+        assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "deadline"
+        assert "x-request-id" in answer.headers
