@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from eellm.config.check import check_at_least, check_literals
+from eellm.config.check import check_at_least, check_choice, check_literals
 from eellm.config.infer import Method
 from eellm.errors import ConfigError
 
@@ -85,9 +85,9 @@ class ServeConfig:
     """Put prompts into the access log."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.quantize, str | None):
-            raise ConfigError(f"quantize = {self.quantize!r}: must be int8 or int4")
         check_literals(self)
+        if self.quantize is not None:
+            check_choice("quantize", self.quantize, ("int8", "int4"))
         check_at_least(self, 0, "port", "max_waiting", "max_stops", "drain_s")
         check_at_least(self, 1, "max_batch", "max_tokens", "max_body_bytes", "max_stop_chars", "workers")
         check_at_least(self, 1e-3, "deadline_s", "body_s")

@@ -70,13 +70,13 @@ class Server:
         if self.is_draining:
             raise Refusal(503, "the server is shutting down", code="shutting_down")
         if self.failure is not None:
-            raise self.failure
+            raise self.failure.again()
         return Status(status="ready")
 
     async def health(self) -> Status:
         """Whether it is worth to go on: a lost worker takes a new process."""
         if self.failure is not None and not self.is_draining:
-            raise self.failure
+            raise self.failure.again()
         return Status(status="ok")
 
     def card(self, served: Served) -> ModelCard:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from eellm.errors import EellmError, WorkerError
 
@@ -32,6 +32,10 @@ class Refusal(Exception):  # noqa: N818 - it is an answer
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
         self.headers = dict(headers or {})
+
+    def again(self) -> Self:
+        """The same, to be raised: one that is raised for many would collect all their frames."""
+        return type(self)(self.status, self.message, param=self.param, code=self.code, headers=self.headers)
 
     @property
     def body(self) -> dict[str, Any]:

@@ -105,7 +105,7 @@ class Worker:
     def submit(self, jobs: Sequence[Job]) -> None:
         """All of them, or a Refusal."""
         if self.failure is not None:
-            raise self.failure
+            raise self.failure.again()
         if len(jobs) > self.capacity:
             raise Refusal(400, f"{len(jobs)} answers in one request: at most {self.capacity} are made here")
         if self.num_open + len(jobs) > self.capacity:
@@ -125,14 +125,14 @@ class Worker:
     async def call(self, function: Callable[..., Any], *args: Any, **fields: Any) -> Any:
         """Runs something on the engine between two steps; its result, or its error."""
         if self.failure is not None:
-            raise self.failure
+            raise self.failure.again()
         assert self._loop is not None, "start comes first"
         future: asyncio.Future[Any] = self._loop.create_future()
 
         def run() -> None:
             try:
                 if self.failure is not None:
-                    raise self.failure
+                    raise self.failure.again()
                 settle, value = _resolve, function(*args, **fields)
             except Exception as error:  # handed to who asked
                 settle, value = _reject, error

@@ -1,0 +1,69 @@
+"""Requests that nobody thought of: made from the server's own OpenAPI description, right ones and wrong ones."""
+
+import hypothesis
+import pytest
+import schemathesis
+from schemathesis import GenerationMode, checks
+from schemathesis.specs.openapi import checks as openapi_checks
+
+from tests.serve.servers import eventually, served_model, serving
+
+CHECKS = [
+    checks.not_a_server_error,
+    openapi_checks.status_code_conformance,
+    openapi_checks.content_type_conformance,
+    openapi_checks.response_schema_conformance,
+]
+NOT_YET = ("presence_penalty", "frequency_penalty", "logprobs", "top_logprobs", "early_exit")
+"""Fields that need what the engine doesn't tell yet: see `needs_engine` in test_contract.py."""
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving({"tiny": served_model(max_seq_len=32)}, max_tokens=32) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def operations(server):
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    return {f"{found.ok().method} {found.ok().path}": found.ok() for found in schema.get_all_operations()}
+
+
+def explore(operation, mode, check):
+    settings = hypothesis.settings(
+        max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+    )
+    settings(hypothesis.given(case=operation.as_strategy(generation_mode=mode))(check))()
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+def test_every_answer_is_one_that_the_description_knows(server, operations, path, mode):
+    statuses = set()
+
+    def check(case):
+        if mode is GenerationMode.POSITIVE:
+            case.body["model"] = "tiny"  # a made-up name gets no further than 404
+        for name in NOT_YET:
+            if isinstance(case.body, dict):
+                case.body.pop(name, None)
+        answer = case.call()
+        case.validate_response(answer, checks=CHECKS)
+        statuses.add(answer.status_code)
+
+    explore(operations[f"post {path}"], mode, check)
+    assert statuses == {200, 400} if mode is GenerationMode.POSITIVE else {200} not in statuses
+    eventually(server.is_idle)
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/{name}", "/metrics", "/ready", "/health"])
+def test_what_is_only_read_answers_as_described(operations, path):
+    def check(case):
+        case.call_and_validate(checks=CHECKS)
+
+    explore(operations[f"get {path}"], GenerationMode.POSITIVE, check)
+
+
+def test_the_description_knows_every_path(operations):
+    assert len(operations) == 7
