@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from eellm.infer.result import Stats, Token
 from eellm.infer.score import Score
 from eellm.serve.ask import Ask, Prompt
-from eellm.serve.forms import FINISH, Chats, Completions, Form, echoes_of, usage_of
+from eellm.serve.forms import FINISH, Chats, Completions, Form, echoes_of, event_of, usage_of
 from eellm.serve.metrics import Meters
 from eellm.serve.models import Served
 from eellm.serve.observe import note
@@ -113,9 +113,7 @@ class Answer(Response):
                 self._settle(progress, made[progress.index])
                 finish = progress.finish_reason and FINISH[progress.finish_reason]
                 open_jobs -= finish is not None
-                delta = form.delta(progress.index, progress.tokens, finish)
-                if delta is not None:
-                    events += b"data: %b\n\n" % dump(form.chunk([delta]))
+                events += form.event(progress.index, progress.tokens, finish)
             if events:
                 await send({"type": "http.response.body", "body": events, "more_body": True})
             items = await self._mailbox.take() if open_jobs else []
@@ -179,4 +177,4 @@ async def _ends_with_client(receive: Receive) -> AsyncIterator[None]:
 
 
 async def _send_event(send: Send, data: dict[str, Any]) -> None:
-    await send({"type": "http.response.body", "body": b"data: %b\n\n" % dump(data), "more_body": True})
+    await send({"type": "http.response.body", "body": event_of(data), "more_body": True})

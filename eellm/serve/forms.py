@@ -8,15 +8,18 @@ import time
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from eellm.infer.result import Stats, Token
 from eellm.infer.score import Score
 from eellm.serve.ask import Ask
+from eellm.serve.refusals import dump
 from eellm.text.stream import StreamDecoder, token_bytes
 from eellm.text.tokenizer import Tokenizer
 
 FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
+_PLACE = "\0the text"
 LEAST = -9999.0
 """Stands for minus infinity, which JSON can't say."""
 
@@ -78,6 +81,7 @@ class Form:
         self.ask, self.names, self.model = ask, names, model
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
+        self._around: dict[int, tuple[bytes, bytes]] = {}
 
     def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
         return self._envelope(0, choices) | {"usage": usage}
@@ -95,6 +99,26 @@ class Form:
     def delta(self, index: int, tokens: Sequence[Token], finish: str | None) -> dict[str, Any] | None:
         """What `tokens` add to a choice; None: nothing that can be seen."""
         raise NotImplementedError
+
+    def delta_of(self, index: int, text: str) -> dict[str, Any]:
+        """Text alone."""
+        raise NotImplementedError
+
+    def event(self, index: int, tokens: Sequence[Token], finish: str | None) -> bytes:
+        """A server-sent event with what `tokens` add to a choice; empty: nothing that can be seen.
+
+        Where only text is new, it is put into an event made before: this is done for every token.
+        """
+        if finish is None and not self.ask.wants_logprobs and index in self._around:
+            text = "".join(token.text for token in tokens)
+            before, after = self._around[index]
+            return before + encode_basestring_ascii(text).encode("ascii") + after if text else b""
+        delta = self.delta(index, tokens, finish)
+        if index not in self._around:
+            made = event_of(self.chunk([self.delta_of(index, _PLACE)]))
+            before, _, after = made.partition(encode_basestring_ascii(_PLACE).encode("ascii"))
+            self._around[index] = before, after
+        return b"" if delta is None else event_of(self.chunk([delta]))
 
     def _envelope(self, kind: int, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -125,6 +149,9 @@ class Chats(Form):
             return None
         delta = {"content": text} if text or tokens else {}
         return {"index": index, "delta": delta, "logprobs": self._logprobs(tokens), "finish_reason": finish}
+
+    def delta_of(self, index: int, text: str) -> dict[str, Any]:
+        return {"index": index, "delta": {"content": text}, "logprobs": None, "finish_reason": None}
 
     def _logprobs(self, tokens: Iterable[Token]) -> dict[str, Any] | None:
         if not self.ask.wants_logprobs:
@@ -164,6 +191,9 @@ class Completions(Form):
         choice = self.choice(index, tokens, finish) if is_first else self._rest(index, tokens, finish)
         seen = choice["text"] or finish is not None or self.ask.wants_logprobs
         return choice if seen else None
+
+    def delta_of(self, index: int, text: str) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": None}
 
     def _rest(self, index: int, tokens: Sequence[Token], finish: str | None) -> dict[str, Any]:
         logprobs = None
@@ -254,6 +284,11 @@ def usage_of(ask: Ask, stats: Iterable[Stats]) -> dict[str, Any]:
         weighted = sum(s.mean_exit_layer * s.new_tokens for s in stats)
         usage["early_exit"]["mean_exit_layer"] = weighted / new_tokens if new_tokens else None
     return usage
+
+
+def event_of(data: dict[str, Any]) -> bytes:
+    """A server-sent event."""
+    return b"data: %b\n\n" % dump(data)
 
 
 def finite(number: float) -> float:

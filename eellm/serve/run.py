@@ -36,7 +36,8 @@ def serve(config: ServeConfig, *, cache_dir: Path | None, announce: Callable[[st
     with bound(config.host, config.port) as listening:
         server = Server(config, serve_models(config, cache_dir=cache_dir))
         running = Running(server, keys, listening)
-        asyncio.run(running.run(announce))
+        with asyncio.Runner(loop_factory=running.loop_factory) as runner:
+            runner.run(running.run(announce))
     return running.interrupted
 
 
@@ -72,6 +73,8 @@ class Running:
             server_header=False,
             timeout_graceful_shutdown=int(CLOSE_S),
         )
+        self.loop_factory = settings.get_loop_factory()
+        """uvloop's, where it is installed."""
         self._uvicorn = _Uvicorn(settings)
 
     @property

@@ -86,7 +86,11 @@ def serving(models, *, keys=None, **changes):
             url.append(at)
             is_up.set()
 
-        thread = threading.Thread(target=lambda: asyncio.run(running.run(announce, signals=False)))
+        def run():
+            with asyncio.Runner(loop_factory=running.loop_factory) as runner:
+                runner.run(running.run(announce, signals=False))
+
+        thread = threading.Thread(target=run)
         thread.start()
         try:
             assert is_up.wait(30)
