@@ -8,7 +8,7 @@ from eellm.config.load import from_toml
 from eellm.config.serve import ServeConfig
 from eellm.errors import ConfigError
 
-NEEDS = ("fastapi", "uvicorn", "pydantic", "prometheus_client")
+NEEDS = ("fastapi", "uvicorn", "httptools", "pydantic", "prometheus_client")
 
 
 def main(args: list[str]) -> None:

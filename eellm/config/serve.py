@@ -75,6 +75,8 @@ class ServeConfig:
     """Where to compute."""
     warm_up: bool = True
     """Measure, before the first request, what parts of the model cost here."""
+    stream_s: float = 0.03
+    """Tokens of a stream, but its first, are sent together where they are made within this time."""
     deadline_s: float = 600.0
     """A request that isn't over by then is ended."""
     body_s: float = 30.0
@@ -88,7 +90,7 @@ class ServeConfig:
         check_literals(self)
         if self.quantize is not None:
             check_choice("quantize", self.quantize, ("int8", "int4"))
-        check_at_least(self, 0, "port", "max_waiting", "max_stops", "drain_s")
+        check_at_least(self, 0, "port", "max_waiting", "max_stops", "stream_s", "drain_s")
         check_at_least(self, 1, "max_batch", "max_tokens", "max_body_bytes", "max_stop_chars", "workers")
         check_at_least(self, 1e-3, "deadline_s", "body_s")
         if self.port > 65535:

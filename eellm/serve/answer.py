@@ -52,19 +52,19 @@ class Answer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         served, ask = self._served, self._ask
         note(scope, model=served.name, stream=ask.body.stream, prompt_tokens=ask.num_prompt_tokens, new_tokens=0)
-        served.worker.submit(self._jobs)
-        self._meters.prompt(served.name, self._key, ask.num_prompt_tokens)
         try:
             async with _ends_with_client(receive):
-                await (self._stream(send) if ask.body.stream else self._whole(send))
+                form = await self._form()
+                served.worker.submit(self._jobs)
+                self._meters.prompt(served.name, self._key, ask.num_prompt_tokens)
+                await (self._stream(form, send) if ask.body.stream else self._whole(form, send))
         finally:
             served.worker.cancel(self._jobs)
             note(scope, new_tokens=sum(stats.new_tokens for stats in self._stats))
 
     # --- whole ---
 
-    async def _whole(self, send: Send) -> None:
-        form = await self._form()
+    async def _whole(self, form: Form, send: Send) -> None:
         ends: dict[int, Progress] = {}
         while len(ends) < len(self._jobs):
             for progress in await self._mailbox.take():
@@ -80,8 +80,7 @@ class Answer(Response):
 
     # --- in chunks ---
 
-    async def _stream(self, send: Send) -> None:
-        form = await self._form()
+    async def _stream(self, form: Form, send: Send) -> None:
         made: list[list[Token]] = [[] for _ in self._jobs]
         first = await self._mailbox.take() if self._jobs else []
         for progress in first:

@@ -52,7 +52,7 @@ def make_served(name: str, model: EarlyExitLM, config: ServeConfig, *, cache_dir
     )
     if config.warm_up:
         engine.generate([[0]], method="auto", max_new_tokens=2, ignore_eos=True)
-    worker = Worker(engine, max_waiting=config.max_waiting, name=name)
+    worker = Worker(engine, max_waiting=config.max_waiting, stream_s=config.stream_s, name=name)
     return Served(name=name, engine=engine, worker=worker, names=Names(model.tokenizer), created=int(time.time()))
 
 

@@ -20,6 +20,7 @@ from eellm.log import log
 from eellm.serve.access import Keys, read_keys
 from eellm.serve.app import Server, make_app
 from eellm.serve.models import serve_models
+from eellm.serve.protocol import bounded
 
 CLOSE_S = 5.0
 """After the drain, for connections whose clients don't read."""
@@ -68,6 +69,8 @@ class Running:
         self._draining: asyncio.Task[None] | None = None
         settings = uvicorn.Config(
             make_app(server, keys),
+            http=bounded(server.config.body_s),
+            ws="none",
             log_config=None,
             access_log=False,
             server_header=False,

@@ -70,8 +70,8 @@ class Job:
     deadline_s: float
     """On the clock of `time.perf_counter`."""
     handle: Handle | None = None
-    is_open: bool = True
-    """Counted in the event loop: not over yet."""
+    is_open: bool = False
+    """Kept in the event loop: submitted, and not over yet."""
     times: list[float] = field(default_factory=list)
     """When its tokens were handed over or kept."""
     kept: list[Token] = field(default_factory=list)
@@ -80,8 +80,10 @@ class Job:
 class Worker:
     """Drives one engine. `start`, then `submit` and `call` from the event loop that it was started in."""
 
-    def __init__(self, engine: Engine, *, max_waiting: int, name: str) -> None:
+    def __init__(self, engine: Engine, *, max_waiting: int, stream_s: float, name: str) -> None:
+        """stream_s: tokens of a stream, but its first, are handed over together where they are made within this."""
         self.engine = engine
+        self.stream_s = stream_s
         self.num_slots = engine.slots.num_free
         self.capacity = self.num_slots + max_waiting
         self.num_open = 0
@@ -95,6 +97,7 @@ class Worker:
         self._jobs: dict[Job, None] = {}
         self._thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._next_hand_over_s = 0.0
 
     # --- in the event loop ---
 
@@ -108,12 +111,9 @@ class Worker:
             raise self.failure.again()
         if len(jobs) > self.capacity:
             raise Refusal(400, f"{len(jobs)} answers in one request: at most {self.capacity} are made here")
-        if self.num_open + len(jobs) > self.capacity:
-            wait_s = math.ceil(min(60, max(1, self.mean_job_s * self.num_open / self.num_slots)))
-            message = f"{self.num_open} requests are running or waiting here; ask again later"
-            raise Refusal(429, message, code="queue_full", headers={"retry-after": str(wait_s)})
-        self.num_open += len(jobs)
+        self._take_places(len(jobs))
         for job in jobs:
+            job.is_open = True
             self._inbox.put(lambda job=job: self._begin(job))
 
     def cancel(self, jobs: Sequence[Job]) -> None:
@@ -123,9 +123,10 @@ class Worker:
                 self._inbox.put(lambda job=job: self._cancel(job))
 
     async def call(self, function: Callable[..., Any], *args: Any, **fields: Any) -> Any:
-        """Runs something on the engine between two steps; its result, or its error."""
+        """Runs something on the engine between two steps; its result, or its error. It takes a place in the queue."""
         if self.failure is not None:
             raise self.failure.again()
+        self._take_places(1)
         assert self._loop is not None, "start comes first"
         future: asyncio.Future[Any] = self._loop.create_future()
 
@@ -139,7 +140,10 @@ class Worker:
             self._post(settle, future, value)
 
         self._inbox.put(run)
-        return await future
+        try:
+            return await future
+        finally:
+            self.num_open -= 1
 
     def stop(self) -> None:
         """Ends the thread before its next step; jobs that are open hear of it."""
@@ -147,6 +151,13 @@ class Worker:
 
     def join(self, timeout_s: float) -> None:
         self._thread.join(timeout_s)
+
+    def _take_places(self, number: int) -> None:
+        if self.num_open + number > self.capacity:
+            wait_s = math.ceil(min(60, max(1, self.mean_job_s * self.num_open / self.num_slots)))
+            message = f"{self.num_open} requests are running or waiting here; ask again later"
+            raise Refusal(429, message, code="queue_full", headers={"retry-after": str(wait_s)})
+        self.num_open += number
 
     def _deliver(self, items: list[tuple[Job, Progress]]) -> None:
         for job, progress in items:
@@ -195,7 +206,7 @@ class Worker:
 
     def _begin(self, job: Job) -> None:
         error = self.failure
-        if error is None and job.is_open:
+        if error is None:
             try:
                 job.handle = self.engine.submit(job.tokens, job.options)
                 self._jobs[job] = None
@@ -217,6 +228,9 @@ class Worker:
         """One message for all jobs."""
         now = time.perf_counter()
         items, over = [], []
+        is_time = now >= self._next_hand_over_s
+        if is_time:
+            self._next_hand_over_s = now + self.stream_s
         for job in self._jobs:
             handle = job.handle
             assert handle is not None, "it has begun"
@@ -231,11 +245,12 @@ class Worker:
                 over.append(job)
                 error = Refusal(504, "the request took longer than it may here", code="deadline")
                 items.append((job, Progress(job.index, [], error=error)))
-            elif job.stream:
-                if new:
-                    items.append((job, Progress(job.index, new)))
             else:
+                is_first = len(job.times) == len(new)
                 job.kept += new
+                if job.stream and job.kept and (is_time or is_first):
+                    items.append((job, Progress(job.index, job.kept)))
+                    job.kept = []
         for job in over:
             del self._jobs[job]
         self.num_running = len(self.engine.running)

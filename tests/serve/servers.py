@@ -74,7 +74,14 @@ def eventually(condition, timeout_s=20.0):
 @contextlib.contextmanager
 def serving(models, *, keys=None, **changes):
     """models: by name. changes: of the config."""
-    fields = {"max_batch": 4, "max_tokens": 256, "warm_up": False, "drain_s": 5.0, "max_waiting": 16} | changes
+    fields = {
+        "max_batch": 4,
+        "max_tokens": 256,
+        "warm_up": False,
+        "drain_s": 5.0,
+        "stream_s": 0.0,
+        "max_waiting": 16,
+    } | changes
     config = ServeConfig(model="-", **fields)
     with bound(config.host, 0) as listening:
         server = Server(config, {name: make_served(name, model, config) for name, model in models.items()})

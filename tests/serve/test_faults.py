@@ -124,6 +124,30 @@ def test_a_client_that_never_sends_its_body_is_let_go(model):
         assert read_all(connection).startswith(b"HTTP/1.1 408 ")
 
 
+@pytest.mark.parametrize("begun", [b"", b"POST /v1/completions HTTP/1.1\r\nhost:"])
+def test_a_client_that_never_ends_its_head_is_let_go(model, begun):
+    with serving({"tiny": model}, body_s=0.3) as server, raw(server) as connection:
+        connection.sendall(begun)
+        assert read_all(connection) == b""
+        with raw(server) as again:  # one that has been served before
+            again.sendall(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n" + begun)
+            assert read_all(again).startswith(b"HTTP/1.1 200 OK")
+
+
+@pytest.mark.parametrize("part", [b"x-many: 1\r\n", b"x" * 1000])
+def test_a_head_without_end_is_cut_off(server, part):
+    with raw(server) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n")
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            for _ in range(1000):
+                connection.sendall(part * (10_000 // len(part)))
+        with contextlib.suppress(ConnectionError):
+            answer = read_all(connection)
+    assert b"200 OK" not in answer
+    assert ask(server).status_code == 200
+
+
 def test_a_client_that_leaves_within_its_body_leaves_nothing(server):
     with raw(server) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 50\r\n\r\n{")
@@ -169,6 +193,22 @@ def test_several_answers_take_as_many_places(server):
         eventually(lambda: server.worker.num_open == 7)
         assert ask(server, n=2).status_code == 429
         assert server.worker.num_open == 7
+    eventually(server.is_idle)
+
+
+def test_prompts_to_be_scored_wait_in_the_same_queue(server):
+    scoring = SHORT | {"echo": True, "logprobs": 0, "max_tokens": 0}
+    with held(server.engine), raw(server) as running:
+        running.sendall(request_bytes(LONG))
+        eventually(lambda: server.worker.num_open == 1)
+        connections = [raw(server) for _ in range(7)]
+        for connection in connections:
+            connection.sendall(request_bytes(scoring))
+        eventually(lambda: server.worker.num_open == 8)
+        assert server.post(**scoring).status_code == 429
+    for connection in connections:
+        with connection:
+            assert connection.recv(15) == b"HTTP/1.1 200 OK"
     eventually(server.is_idle)
 
 

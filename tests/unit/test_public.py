@@ -41,8 +41,8 @@ OPTIONS = {
     """,
     "serve": """
         model adapter name models host port api-keys open-to-all allowed-hosts cors-origins max-batch max-waiting
-        max-tokens max-body-bytes max-stops max-stop-chars method quantize workers dtype device warm-up deadline-s body-s
-        drain-s log-prompts
+        max-tokens max-body-bytes max-stops max-stop-chars method quantize workers dtype device warm-up stream-s
+        deadline-s body-s drain-s log-prompts
     """,
     "tune": """
         model.base model.adapter model.exits model.init model.fit-scale model.dtype model.device
@@ -96,7 +96,8 @@ LIGHT = """
     eellm.config.optim eellm.config.parallel eellm.config.train eellm.config.tune
     eellm.text.bytes eellm.text.chat eellm.text.stream eellm.text.tokenizer
     eellm.data.prepare eellm.data.sources eellm.cli.main eellm.cli.options
-    eellm.train.check eellm.train.weights eellm.train.dropout eellm.cli.plan eellm.config.plan eellm.cli.serve eellm.config.serve
+    eellm.train.check eellm.train.weights eellm.train.dropout eellm.cli.plan eellm.config.plan
+    eellm.cli.serve eellm.config.serve
 """
 LIGHT += " ".join(
     f"eellm.{layer}.{path.stem}" for layer in ("schedule", "plan") for path in (ROOT / "eellm" / layer).glob("[!_]*.py")
