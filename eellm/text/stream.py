@@ -32,11 +32,13 @@ class StreamDecoder:
 def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
     """What one token adds to a text, be it a part of a character; a special token is what it is called."""
     piece = tokenizer.piece(token_id)
-    if piece is not None and _is_byte_level(tokenizer):
-        return _spelt(piece)
-    if piece is not None and _has_byte_fallback(tokenizer) and _BYTE.fullmatch(piece):
-        return bytes([int(piece[3:5], 16)])
     once = tokenizer.decode([token_id], skip_special_tokens=False)
+    if piece is None:
+        return once.encode()
+    if _is_byte_level(tokenizer):
+        return _spelt(piece)
+    if _has_byte_fallback(tokenizer) and _BYTE.fullmatch(piece):
+        return bytes([int(piece[3:5], 16)])
     twice = tokenizer.decode([token_id, token_id], skip_special_tokens=False)  # the first one may lose its space
     return (twice.removeprefix(once) or once).encode()
 

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import os
+import signal
 
 import httpx
 import openai
@@ -129,9 +131,14 @@ def test_a_client_that_never_ends_its_head_is_let_go(model, begun):
     with serving({"tiny": model}, body_s=0.3) as server, raw(server) as connection:
         connection.sendall(begun)
         assert read_all(connection) == b""
-        with raw(server) as again:  # one that has been served before
-            again.sendall(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n" + begun)
-            assert read_all(again).startswith(b"HTTP/1.1 200 OK")
+
+
+def test_nor_is_one_that_was_served_before(model):
+    with serving({"tiny": model}, body_s=0.3) as server, raw(server) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 OK")
+        connection.sendall(b"GET")
+        assert b"HTTP" not in read_all(connection)
 
 
 @pytest.mark.parametrize("part", [b"x-many: 1\r\n", b"x" * 1000])
@@ -275,6 +282,17 @@ def test_when_the_engine_is_lost_everybody_hears_of_it_and_nobody_hangs(model, e
         for path in ("/ready", "/health"):
             assert server.get(path).status_code == status
         assert server.worker.num_open == 0
+
+
+def test_a_worker_process_that_is_killed_ends_what_runs_with_503(model):
+    with serving({"tiny": model}, workers=2, max_tokens=4096) as server, raw(server) as running:
+        running.sendall(request_bytes(LONG, headers=["connection: close"]))
+        eventually(lambda: server.worker.num_running == 1)
+        os.kill(server.engine.crew.pids[0], signal.SIGKILL)
+        answer = read_all(running)
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"a worker process of the model is lost" in answer
+        assert server.get("/health").status_code == ask(server).status_code == 503
 
 
 def test_a_score_that_can_t_be_made_is_refused(server):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
-from eellm.text.stream import StopStrings, StreamDecoder
+from eellm.text.stream import StopStrings, StreamDecoder, token_bytes
 from tests.worlds import sentencepiece_tokenizer, tiny_tokenizer, tokenizer_of
 
 
@@ -111,3 +111,22 @@ def test_without_stop_strings_nothing_is_held_back():
     assert cutter.push("abc") == "abc"
     assert cutter.finish() == ""
     assert not cutter.stopped
+
+
+@pytest.mark.parametrize("name", ["byte-level", "byte fallback"])
+@pytest.mark.parametrize("text", ["for x in y", "é 日本 😀", "ab.ab  a", "\x00\x7f"])
+def test_the_bytes_of_tokens_are_those_of_their_text(name, text):
+    tokenizer = TOKENIZERS[name]
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert b"".join(token_bytes(tokenizer, i) for i in ids).decode().removeprefix(" ") == text
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_every_token_has_bytes(name):
+    tokenizer = TOKENIZERS[name]
+    for i in range(tokenizer.vocab_size):
+        piece = tokenizer.piece(i)
+        spelt = token_bytes(tokenizer, i)
+        assert isinstance(spelt, bytes)
+        if piece is None:  # a special token is what it is called
+            assert spelt.decode() == tokenizer.decode([i], skip_special_tokens=False)
