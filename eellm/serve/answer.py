@@ -116,7 +116,7 @@ class Answer(Response):
             if events:
                 await send({"type": "http.response.body", "body": events, "more_body": True})
             items = await self._mailbox.take() if open_jobs else []
-        if self._ask.body.stream_options is not None and self._ask.body.stream_options.include_usage:
+        if self._ask.wants_usage:
             await _send_event(send, form.last_chunk(usage_of(self._ask, self._stats)))
 
     # --- both ---

@@ -40,6 +40,11 @@ class Ask:
         return self.body.early_exit.report
 
     @property
+    def wants_usage(self) -> bool:
+        """At the end of a stream."""
+        return self.body.stream_options is not None and self.body.stream_options.include_usage
+
+    @property
     def echo(self) -> bool:
         return isinstance(self.body, CompletionRequest) and self.body.echo
 

@@ -87,7 +87,7 @@ class Form:
         return self._envelope(0, choices) | {"usage": usage}
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return self._envelope(1, choices)
+        return self._envelope(1, choices) | ({"usage": None} if self.ask.wants_usage else {})
 
     def last_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
         return self._envelope(1, []) | {"usage": usage}

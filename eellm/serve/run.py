@@ -71,6 +71,8 @@ class Running:
             make_app(server, keys),
             http=bounded(server.config.body_s),
             ws="none",
+            lifespan="on",
+            log_level="error",
             log_config=None,
             access_log=False,
             server_header=False,

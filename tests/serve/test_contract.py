@@ -148,7 +148,9 @@ def test_the_stream_s_lines_are_server_sent_events(server):
     found = events(answer.text)
     assert found[-1]["choices"] == []
     assert found[-1]["usage"]["completion_tokens"] <= 12
-    assert all("usage" not in event for event in found[:-1])
+    assert all(event["usage"] is None for event in found[:-1])
+    plain = events(server.post(prompt="for x in", stream=True, **GREEDY).text)
+    assert not any("usage" in event for event in plain)
 
 
 def test_n_answers_take_the_seeds_that_follow_and_count_the_prompt_once(client, model):
