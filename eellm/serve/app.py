@@ -60,6 +60,7 @@ class Server:
         served = self.model(body.model)
         if self.config.log_prompts:
             note(request.scope, prompt=body.prompt if isinstance(body, CompletionRequest) else _dumped(body))
+        served.worker.check_room()  # before anything is spent on it
         limits = (served.engine.max_tokens, served.worker.capacity)
         ask = await asyncio.to_thread(make_ask, served.model, body, self.config, *limits)
         return Answer(

@@ -152,11 +152,15 @@ class Worker:
     def join(self, timeout_s: float) -> None:
         self._thread.join(timeout_s)
 
-    def _take_places(self, number: int) -> None:
+    def check_room(self, number: int = 1) -> None:
+        """Raises a Refusal where so many jobs more would be too many."""
         if self.num_open + number > self.capacity:
             wait_s = math.ceil(min(60, max(1, self.mean_job_s * self.num_open / self.num_slots)))
             message = f"{self.num_open} requests are running or waiting here; ask again later"
             raise Refusal(429, message, code="queue_full", headers={"retry-after": str(wait_s)})
+
+    def _take_places(self, number: int) -> None:
+        self.check_room(number)
         self.num_open += number
 
     def _deliver(self, items: list[tuple[Job, Progress]]) -> None:

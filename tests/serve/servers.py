@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import httpx
 import openai
@@ -34,7 +34,6 @@ class TestServer:
     url: str
     running: Running
     server: Server
-    lines: list[str] = field(default_factory=list)
 
     def client(self, key="none", **options) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, **({"max_retries": 0, "timeout": 30} | options))

@@ -7,7 +7,10 @@ import json
 import pytest
 
 import eellm
+from eellm.config.serve import ServeConfig
 from eellm.infer.sampling import Sampler
+from eellm.serve.ask import make_ask
+from eellm.serve.schema import CompletionRequest
 from tests.serve.servers import events, eventually, served_model, serving
 from tests.worlds import tiny_tokenizer
 
@@ -86,6 +89,26 @@ def test_without_the_field_the_answer_is_full_depth_s(client, model):
     for early_exit in ({}, {"early_exit": {}}):
         made = client.completions.create(prompt="def f", **GREEDY, extra_body=early_exit)
         assert made.choices[0].text == wanted(model, "def f").text
+
+
+@pytest.mark.parametrize(
+    ("fields", "method"),
+    [
+        ({}, "auto"),
+        ({"temperature": 0, "seed": 1}, "auto"),
+        ({"seed": 1}, "full"),  # how many draws `auto` takes depends on the machine
+        ({"seed": 1, "early_exit": {"method": "auto"}}, "auto"),
+        ({"early_exit": {"report": True}}, "auto"),
+        ({"early_exit": {"threshold": 0.5}}, "early"),
+        ({"early_exit": {"exits": [2]}}, "early"),
+        ({"early_exit": {"policy": "margin", "method": "speculative"}}, "speculative"),
+    ],
+)
+def test_who_names_no_method_gets_a_lossless_one_unless_exits_are_asked_for(model, fields, method):
+    body = CompletionRequest(model="tiny", prompt="x", **fields)
+    ask = make_ask(model, body, ServeConfig(model="-"), max_tokens=99, capacity=9)
+    ((_, options),) = ask.runs
+    assert options.method == method
 
 
 def test_a_chat_goes_through_the_template(client, model):

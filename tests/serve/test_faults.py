@@ -73,14 +73,13 @@ def test_many_clients_that_leave_mid_stream_disturb_nobody(server, model):
 
     async def leave(client, i):
         fields = LONG | {"prompt": f"x{i}", "stream": True}
-        try:
+        while True:
             async with client.stream("POST", "/v1/completions", json=fields) as answer:
-                if answer.status_code == 429:
-                    return "full"
-                async for _ in answer.aiter_raw():
-                    return "left"
-        except httpx.ReadError:
-            return "cut"
+                if answer.status_code == 200:
+                    async for _ in answer.aiter_raw():
+                        return
+            assert answer.status_code == 429
+            await asyncio.sleep(0.01)
 
     async def stay(client):
         while True:
@@ -93,14 +92,11 @@ def test_many_clients_that_leave_mid_stream_disturb_nobody(server, model):
     async def all_of_them():
         limits = httpx.Limits(max_connections=12)
         async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as client:
-            leaving = asyncio.gather(*(leave(client, i) for i in range(60)))
-            staying = asyncio.gather(*(stay(client) for _ in range(6)))
-            return await leaving, await staying
+            leaving = (leave(client, i) for i in range(60))
+            staying = (stay(client) for _ in range(6))
+            return (await asyncio.gather(*leaving, *staying))[60:]
 
-    left, texts = asyncio.run(all_of_them())
-    assert left.count("left") > 8
-    assert set(left) <= {"left", "full"}
-    assert texts == [text] * 6
+    assert asyncio.run(all_of_them()) == [text] * 6
     eventually(server.is_idle)
     assert server.engine.stats().num_free_slots == 4
 
@@ -145,13 +141,9 @@ def test_nor_is_one_that_was_served_before(model):
 def test_a_head_without_end_is_cut_off(server, part):
     with raw(server) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n")
-        answer = b""
-        with contextlib.suppress(ConnectionError):
-            for _ in range(1000):
-                connection.sendall(part * (10_000 // len(part)))
-        with contextlib.suppress(ConnectionError):
-            answer = read_all(connection)
-    assert b"200 OK" not in answer
+        head = part * (10_000 // len(part))
+        with pytest.raises(ConnectionError):
+            eventually(lambda: connection.sendall(head))
     assert ask(server).status_code == 200
 
 

@@ -91,6 +91,20 @@ def test_what_isn_t_over_when_the_drain_is_hears_of_it(model, stream):
     assert stream == answer.rstrip(b"\r\n0").endswith(b"data: [DONE]")
 
 
+def test_a_request_that_comes_as_the_engine_s_thread_ends_is_answered_too(model):
+    with serving({"tiny": model}, max_tokens=4096) as server, raw(server) as running, raw(server) as late:
+        with held(server.engine) as go:
+            running.sendall(request_bytes(LONG, headers=CLOSE))
+            go(5)
+            eventually(lambda: server.engine.num_ticks == 5)
+            server.running.loop.call_soon_threadsafe(server.worker.stop)
+            eventually(lambda: server.worker._inbox.qsize() == 1)
+            late.sendall(request_bytes(LONG, headers=CLOSE))
+            eventually(lambda: server.worker._inbox.qsize() == 2)
+        for connection in (running, late):
+            assert read_all(connection).startswith(b"HTTP/1.1 503 ")
+
+
 def test_a_second_signal_ends_it_at_once(model):
     with serving({"tiny": model}, max_tokens=4096, drain_s=1000) as server, raw(server) as running:
         running.sendall(request_bytes(LONG | {"stream": True}, headers=CLOSE))
