@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from eellm.infer.angles import Angles
 from eellm.infer.attention import PassRows, Span
 from eellm.infer.memory import Memory
 from eellm.infer.network import Network
@@ -48,7 +47,6 @@ def through_own_layer(
     spans: Sequence[Span],
     index: Sequence[int],
     memory: Memory,
-    angles: Angles,
 ) -> Tensor:
     """Takes rows of a pass through the exit's own layer. Others stay as they are.
 
@@ -59,7 +57,7 @@ def through_own_layer(
     if not index:
         return h_ND
     out_ND = h_ND.clone()
-    some = PassRows(spans, angles, network.config.kv_heads)
+    some = network.rows(spans)
     out_ND[list(index)] = network.attended(layer, h_ND[list(index)], some, memory)
     return out_ND
 

@@ -21,12 +21,10 @@ import torch
 
 from eellm.config.infer import GenerateConfig
 from eellm.errors import ConfigError
-from eellm.infer.angles import Angles
-from eellm.infer.attention import PassRows, Span
+from eellm.infer.attention import Span
 from eellm.infer.costs import MEASURED_ROWS, Curve, StepCosts
 from eellm.infer.decode.early import Early
 from eellm.infer.loop import Loop
-from eellm.infer.memory import Memory
 from eellm.infer.network import Network
 from eellm.infer.readout import read
 from eellm.infer.request import Request
@@ -46,10 +44,9 @@ def measure(network: Network) -> StepCosts:
     config = network.config
     context = min(CONTEXT, config.max_seq_len - 1)
     counts = tuple(n for n in MEASURED_ROWS if context + n <= config.max_seq_len) or (1,)
-    memory = Memory(config, network.own_layer, dtype=network.dtype, device=network.device)
+    memory = network.new_memory()
     memory.reserve(1, context + counts[-1])
-    angles = Angles(config, dtype=network.dtype, device=network.device)
-    rows = {n: PassRows([Span(0, context, n)], angles, config.kv_heads) for n in counts}
+    rows = {n: network.rows([Span(0, context, n)]) for n in counts}
     h = {n: network.embed([i % config.vocab_size for i in range(n)]) for n in counts}
     stops = (*config.exit_layers, config.num_layers)
 
@@ -75,11 +72,7 @@ def measure(network: Network) -> StepCosts:
         stops=stops,
         segment_s=segment_s,
         head_s=head_s,
-        gate_s={
-            layer: curve(lambda n, layer=layer: gate(layer, n))
-            for layer in config.exit_layers
-            if network.heads[layer].gate is not None
-        },
+        gate_s={layer: curve(lambda n, layer=layer: gate(layer, n)) for layer in network.gates},
         overhead_s=max(_full_tick_s(network, context) - parts_s, MIN_OVERHEAD_S),
     )
 
@@ -91,7 +84,7 @@ def _full_tick_s(network: Network, context: int) -> float:
     num_tokens = min(4 * NUM_RUNS, config.max_seq_len - context)
     options = GenerateConfig(method="full", max_new_tokens=num_tokens, ignore_eos=True)
     request = Request(tokens=prompt, thresholds={}, options=options)
-    memory = Memory(config, network.own_layer, dtype=network.dtype, device=network.device)
+    memory = network.new_memory()
     memory.reserve(1, context + num_tokens)
     loop = Loop(network, memory, Scheduler(lambda: measure(network)))
     seq = Sequence(
@@ -149,6 +142,7 @@ def _key(network: Network) -> str:
     """All that times depend on, and that can be known."""
     facts = {
         "config": asdict(network.config),
+        "network": type(network).__name__,
         "bytes": network.num_bytes,
         "dtype": str(network.dtype),
         "device": torch.cuda.get_device_name(network.device) if network.device.type == "cuda" else platform.processor(),
