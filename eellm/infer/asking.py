@@ -23,15 +23,16 @@ def ask(
     h_nD: hidden states after that layer, through the exit's own layer where it has one. policies, thresholds: of each
     row; an exit is sure at a score of at least the threshold.
     """
-    z_nD = network.normed(layer, h_nD)
     gated = [i for i, policy in enumerate(policies) if policy == "gate"]
-    scores = network.gate(layer, rows_of(z_nD, gated)).tolist() if gated else []
-    gates = dict(zip(gated, scores, strict=True))
+    gates: dict[int, float] = {}
+    if gated:
+        scores = network.gate(layer, network.normed(layer, rows_of(h_nD, gated))).tolist()
+        gates = dict(zip(gated, scores, strict=True))
     asked = [i for i, threshold in enumerate(thresholds) if gates.get(i, threshold) >= threshold]
     if not asked:
         return {}, asked
     sure = {}
-    for i, reading in zip(asked, read(network, layer, rows_of(z_nD, asked), [policies[i] for i in asked]), strict=True):
+    for i, reading in zip(asked, read(network, layer, rows_of(h_nD, asked), [policies[i] for i in asked]), strict=True):
         if i in gates:
             sure[i] = Reading(layer, gates[i], reading.token, reading.logprob, reading.logits_V)
         elif reading.score >= thresholds[i]:

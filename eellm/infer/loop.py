@@ -140,8 +140,7 @@ class Loop:
         if not asked:
             return
         layer = self.stops[-1]
-        z_ND = self.network.normed(layer, rows_of(h_ND, index))
-        readings = self._read(layer, z_ND, [seq for seq, num in asked for _ in range(num)])
+        readings = self._read(layer, rows_of(h_ND, index), [seq for seq, num in asked for _ in range(num)])
         start = 0
         for seq, num in asked:
             seq.decode.at_end(seq, readings[start : start + num])
@@ -152,10 +151,10 @@ class Loop:
         """Whether more of the prompt is to come."""
         return seq.passed[0] < len(seq.request.tokens)
 
-    def _read(self, layer: int, z_ND: Tensor, sequences: Sequence[Served]) -> list[Reading]:
+    def _read(self, layer: int, h_ND: Tensor, sequences: Sequence[Served]) -> list[Reading]:
         for seq in dict.fromkeys(sequences):
             seq.work.count_head(layer)
-        return read(self.network, layer, z_ND, [seq.request.options.policy for seq in sequences])
+        return read(self.network, layer, h_ND, [seq.request.options.policy for seq in sequences])
 
 
 def _ends(spans: Iterable[Span]) -> list[int]:

@@ -54,8 +54,7 @@ def measure(network: Network) -> StepCosts:
         return Curve(counts, tuple(_seconds(partial(run, n), network.device) for n in counts))
 
     def answer(layer: int, n: int) -> object:
-        z_ND = network.normed(layer, network.attended(layer, h[n], rows[n], memory))
-        return read(network, layer, z_ND, ["max_prob"] * n)
+        return read(network, layer, network.attended(layer, h[n], rows[n], memory), ["max_prob"] * n)
 
     def gate(layer: int, n: int) -> object:
         z_ND = network.normed(layer, network.attended(layer, h[n], rows[n], memory))

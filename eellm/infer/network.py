@@ -18,6 +18,9 @@ from eellm.infer.attention import PassRows, Span
 from eellm.infer.costs import StepCosts
 from eellm.infer.memory import Memory
 
+Answer = tuple[int, float, list[float]]
+"""The token with the largest logit, its log-probability, and the scores of the policies asked about, in their order."""
+
 
 class Network(ABC):
     def __init__(self, model: EarlyExitLM, layers: range | None = None) -> None:
@@ -48,6 +51,8 @@ class Network(ABC):
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """(N, D)."""
         assert self.embedding_VD is not None, "tokens go in where the first layer is"
+        if len(tokens) == 1:
+            return self.embedding_VD[tokens[0] :][:1]
         return F.embedding(torch.tensor(tokens, device=self.device), self.embedding_VD)
 
     def gate(self, layer: int, z_ND: Tensor) -> Tensor:
@@ -76,6 +81,6 @@ class Network(ABC):
         """Normed hidden states → raw logits (N, V), float32."""
 
     @abstractmethod
-    def scores(self, logits_NV: Tensor, policies: Sequence[str]) -> list[tuple[int, float, list[float]]]:
-        """Of each row: the token with the largest logit, its log-probability, and the scores of the policies, in their
-        order."""
+    def answers(self, layer: int, h_ND: Tensor, policies: Sequence[str]) -> tuple[Tensor, list[Answer]]:
+        """What the head after `layer` says of hidden states (not normed): raw logits (N, V), float32, and an answer for
+        each row."""

@@ -18,7 +18,7 @@ from eellm.exits.policy import SCORES
 from eellm.infer.angles import Angles
 from eellm.infer.attention import PackedRows, PassRows, Span
 from eellm.infer.memory import Memory
-from eellm.infer.network import Network
+from eellm.infer.network import Answer, Network
 from eellm.infer.packing import Packer
 from eellm.infer.quantize import Quantize
 from eellm.infer.weights import Matrix
@@ -80,7 +80,8 @@ class PackedNetwork(Network):
     def logits(self, layer: int, z_ND: Tensor) -> Tensor:
         return self.heads[layer].output(z_ND).float()
 
-    def scores(self, logits_NV: Tensor, policies: Sequence[str]) -> list[tuple[int, float, list[float]]]:
+    def answers(self, layer: int, h_ND: Tensor, policies: Sequence[str]) -> tuple[Tensor, list[Answer]]:
+        logits_NV = self.logits(layer, self.normed(layer, h_ND))
         tokens_N1 = logits_NV.max(dim=-1, keepdim=True).indices
         logprobs_N = logits_NV.log_softmax(-1).gather(-1, tokens_N1)[:, 0]
         columns = [tokens_N1[:, 0].double(), logprobs_N.double()]
@@ -88,7 +89,7 @@ class PackedNetwork(Network):
             score_N = logprobs_N.exp().clamp(max=1) if policy == "max_prob" else SCORES[policy](logits_NV)
             columns.append(score_N.double())
         table = torch.stack(columns, dim=-1).tolist()  # one look at the device's results
-        return [(int(row[0]), row[1], row[2:]) for row in table]
+        return logits_NV, [(int(row[0]), row[1], row[2:]) for row in table]
 
 
 class PackedHead:

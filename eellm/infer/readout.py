@@ -30,16 +30,17 @@ class Reading:
         return self.logprob if token == self.token else float(self.logits_V[token] - self.logits_V.logsumexp(-1))
 
 
-def read(network: Network, layer: int, z_ND: Tensor, policies: Sequence[str]) -> list[Reading]:
-    """Runs the output matrix of the exit at `layer` on normed hidden states.
+def read(network: Network, layer: int, h_ND: Tensor, policies: Sequence[str]) -> list[Reading]:
+    """Asks the exit after `layer` about hidden states (not normed).
 
     policies: each row's. Under `gate` the score isn't the logits' to tell; it is 1 (the final exit agrees with itself).
     """
-    logits_NV = network.logits(layer, z_ND)
-    named = sorted(set(policies) - {"gate"})
+    named = [*dict.fromkeys(policies)]
+    if "gate" in named:
+        named.remove("gate")
+    logits_NV, answers = network.answers(layer, h_ND, named)
     readings = []
-    rows = zip(policies, network.scores(logits_NV, named), logits_NV, strict=True)
-    for policy, (token, logprob, scores), logits_V in rows:
+    for policy, (token, logprob, scores), logits_V in zip(policies, answers, logits_NV, strict=True):
         score = 1.0 if policy == "gate" else scores[named.index(policy)]
         readings.append(Reading(layer, score, token, logprob, logits_V))
     return readings

@@ -42,8 +42,9 @@ def test_a_product_is_torchs_with_the_rounded_values(shape, num_rows, quantize, 
         values_OI = round_weight(weight_OI, quantize).values()
         assert matrix.num_bytes < weight_OI.nbytes, "fewer bits"
     x_NI, y_NO = random(num_rows, shape[1], seed=2), torch.full((num_rows + 1, shape[0]), 7.0)
-    build.library(KERNELS_DIR).eellm_product(
-        ctypes.byref(matrix), ctypes.c_int64(num_rows), *_pointers(x_NI, y_NO), ctypes.c_int64(2)
+    build.library(KERNELS_DIR).eellm_head(
+        *(None, ctypes.c_double(0), ctypes.byref(matrix), ctypes.c_int64(num_rows)),
+        *(*_pointers(x_NI, y_NO), None, ctypes.c_int64(2)),
     )
     torch.testing.assert_close(y_NO[:-1], F.linear(x_NI, values_OI, bias_O), atol=1e-4, rtol=1e-4)
     assert (y_NO[-1] == 7).all(), "nothing behind the last row is written"
@@ -129,16 +130,19 @@ def test_rows_of_several_sequences_in_one_pass_are_those_of_each_alone():
             assert torch.equal(got, one[6][start:end])
 
 
-@pytest.mark.parametrize("vocab_size", [1, 2, 15, 16, 17, 29, 40000])
-def test_scores_are_those_of_the_policies(vocab_size):
-    network = make_network(native_model(), compile=True)
-    logits_NV = random(5, vocab_size) * 4
-    logits_NV[3, vocab_size // 2] = 60  # sure
-    logits_NV[4] = 1  # uniform
-    for row, (token, logprob, scores) in zip(logits_NV, network.scores(logits_NV, [*SCORES]), strict=True):
-        assert token == int(row.argmax())
-        assert logprob == pytest.approx(float(row.double().log_softmax(-1).max()), abs=2e-6)
-        assert scores == pytest.approx([float(score(row)) for score in SCORES.values()], abs=2e-5)
+@pytest.mark.parametrize("vocab_size", [2, 15, 16, 17, 29, 40000])
+@torch.inference_mode()
+def test_answers_are_those_of_the_policies(vocab_size):
+    network = make_network(native_model(vocab_size=vocab_size, sureness=3.0), compile=True)
+    h_ND = random(7, network.config.hidden_size)
+    h_ND[3] = 0  # every token is as likely
+    for layer in (1, 3, 5, 6):
+        logits_NV, answers = network.answers(layer, h_ND, [*SCORES])
+        torch.testing.assert_close(logits_NV, network.logits(layer, network.normed(layer, h_ND)))
+        for row, (token, logprob, scores) in zip(logits_NV, answers, strict=True):
+            assert row[token] == row.max()
+            assert logprob == pytest.approx(float(row.double().log_softmax(-1).max()), abs=2e-6)
+            assert scores == pytest.approx([float(score(row.double())) for score in SCORES.values()], abs=2e-5)
 
 
 @pytest.mark.parametrize("fields", [{"method": "early"}, {"method": "speculative"}, {"method": "full"}])

@@ -132,16 +132,16 @@ struct Best {
     double total, weighted;  // Σ e^(l - top), Σ e^(l - top) · (l - top)
 };
 
-static Best best_of(const float* logits, int64_t first, int64_t end) {
-    Best best{-INFINITY, -INFINITY, first, 0, 0};
-    int64_t i = first;
+static Best best_of(const float* logits, int64_t end) {
+    Best best{-INFINITY, -INFINITY, 0, 0, 0};
+    int64_t i = 0;
     v16 top = all(-INFINITY);
     for (; i + 16 <= end; i += 16) top = load(logits + i) > top ? load(logits + i) : top;
     best.top = largest(top);
     for (; i < end; i++) best.top = std::max(best.top, logits[i]);
     while (best.token < end - 1 && logits[best.token] != best.top) best.token++;
     v16 second = all(-INFINITY);
-    for (i = first; i + 16 <= end;) {
+    for (i = 0; i + 16 <= end;) {
         v16 total = {}, weighted = {};
         for (int64_t until = std::min(i + 1024, end - 15); i < until; i += 16) {  // floats add up a few, doubles many
             v16 x = load(logits + i);
@@ -161,6 +161,16 @@ static Best best_of(const float* logits, int64_t first, int64_t end) {
         if (i != best.token) best.second = std::max(best.second, logits[i]);
     }
     return best;
+}
+
+static void read_row(const float* logits, int64_t V, double* out) {
+    Best best = best_of(logits, V);
+    double log_total = std::log(best.total), top_prob = 1 / best.total;
+    out[0] = best.token;
+    out[1] = -log_total;
+    out[2] = top_prob;
+    out[3] = V > 1 ? top_prob - std::exp(best.second - best.top) / best.total : top_prob;
+    out[4] = V > 1 ? 1 + (best.weighted / best.total - log_total) / std::log(double(V)) : top_prob;
 }
 
 extern "C" {
@@ -189,25 +199,21 @@ void eellm_norm(const float* weight, int64_t size, double eps, int64_t N, const 
     for (int64_t n = 0; n < N; n++) rms_norm(x + n * size, weight, size, eps, out + n * size);
 }
 
-// z (N, D) → logits (N, V)
-void eellm_product(const Matrix* m, int64_t N, const float* z, float* out, int64_t num_threads) {
-    together(num_threads, [=](int thread, int team, Barrier&) { multiply<false>(*m, z, N, out, thread, team); });
-}
-
-// logits (N, V) → out (N, 5): the likeliest token, its log-probability, and the scores max_prob, margin and entropy
-void eellm_read(const float* logits, int64_t N, int64_t V, double* out, int64_t num_threads) {
-    if (N * V < 32768) num_threads = 1;  // quicker than to wake the others
-    together(num_threads, [=](int thread, int team, Barrier&) {
-        for (int64_t n = thread; n < N; n += team) {
-            Best best = best_of(logits + n * V, 0, V);
-            double log_total = std::log(best.total), top_prob = 1 / best.total;
-            double* row = out + n * 5;
-            row[0] = best.token;
-            row[1] = -log_total;
-            row[2] = top_prob;
-            row[3] = V > 1 ? top_prob - std::exp(best.second - best.top) / best.total : top_prob;
-            row[4] = V > 1 ? 1 + (best.weighted / best.total - log_total) / std::log(double(V)) : top_prob;
+// x (N, D), normed unless `norm` is null → logits (N, V); and unless `table` is null, of each row five numbers: the
+// likeliest token, its log-probability, and the scores max_prob, margin and entropy
+void eellm_head(const float* norm, double eps, const Matrix* m, int64_t N, const float* x, float* logits, double* table, int64_t num_threads) {
+    int64_t D = m->num_inputs, V = m->num_outputs;
+    together(num_threads, [=](int thread, int team, Barrier& barrier) {
+        const float* z = x;
+        if (norm) {
+            float* own = normed_room.of(N * D);
+            for (int64_t n = 0; n < N; n++) rms_norm(x + n * D, norm, D, eps, own + n * D);
+            z = own;
         }
+        multiply<false>(*m, z, N, logits, thread, team);
+        if (!table) return;
+        barrier.wait();
+        for (int64_t n = thread; n < N; n += team) read_row(logits + n * V, V, table + n * 5);
     });
 }
 }

@@ -22,7 +22,7 @@ from eellm.infer.attention import PassRows, Span
 from eellm.infer.memory import Memory
 from eellm.infer.native import structs
 from eellm.infer.native.build import BuildError, library
-from eellm.infer.network import Network
+from eellm.infer.network import Answer, Network
 from eellm.infer.quantize import Quantize, QuantizeCache
 from eellm.log import log
 from eellm.model import layers as model_layers
@@ -31,8 +31,8 @@ from eellm.model.rope import Rope
 KERNELS_DIR = Path.home() / ".cache" / "eellm"
 """Where built kernels are kept, unless told otherwise."""
 HEAD_SIZES = (16, 32, 48, 64, 80, 96, 112, 128, 192, 256)
-_POLICIES = ("max_prob", "margin", "entropy")
-"""In the order of the kernel's scores."""
+_COLUMNS = {"max_prob": 2, "margin": 3, "entropy": 4}
+"""Of the policies' scores among what the kernel says of a row."""
 
 
 def why_not(model: EarlyExitLM, weight: Tensor, cache_dir: Path | None) -> str | None:
@@ -146,22 +146,34 @@ class NativeNetwork(Network):
         return out_ND
 
     def logits(self, layer: int, z_ND: Tensor) -> Tensor:
-        z_ND, matrix = z_ND.contiguous(), self._outputs[layer]
-        assert matrix is not None, "a shared output matrix is held with the exits that share it"
-        logits_NV = torch.empty(len(z_ND), self.config.vocab_size)
-        self._library.eellm_product(byref(matrix), c_int64(len(z_ND)), *_pointers(z_ND, logits_NV), _threads())
-        return logits_NV
+        return self._head(layer, None, z_ND, None)
 
-    def scores(self, logits_NV: Tensor, policies: Sequence[str]) -> list[tuple[int, float, list[float]]]:
-        num_rows, vocab_size = logits_NV.shape
-        table = (c_double * (5 * num_rows))()
-        (logits,) = _pointers(logits_NV)
-        self._library.eellm_read(logits, c_int64(num_rows), c_int64(vocab_size), table, _threads())
-        columns = [2 + _POLICIES.index(policy) for policy in policies]
-        return [
-            (int(table[at]), table[at + 1], [table[at + column] for column in columns])
-            for at in range(0, 5 * num_rows, 5)
-        ]
+    def answers(self, layer: int, h_ND: Tensor, policies: Sequence[str]) -> tuple[Tensor, list[Answer]]:
+        if isinstance(self._bodies.get(layer), structs.MLP):
+            h_ND, norm_D = self.normed(layer, h_ND), None
+        else:
+            norm_D = self._norms[layer]
+        table = (c_double * (5 * len(h_ND)))()
+        logits_NV = self._head(layer, norm_D, h_ND, table)
+        columns = [_COLUMNS[policy] for policy in policies]
+        rows = range(0, len(table), 5)
+        return logits_NV, [(int(table[at]), table[at + 1], [table[at + column] for column in columns]) for at in rows]
+
+    def _head(self, layer: int, norm_D: Tensor | None, x_ND: Tensor, table: "ctypes.Array[c_double] | None") -> Tensor:
+        x_ND, matrix = x_ND.contiguous(), self._outputs[layer]
+        assert matrix is not None, "a shared output matrix is held with the exits that share it"
+        num_rows = len(x_ND)
+        logits_NV = torch.empty(num_rows, self.config.vocab_size)
+        self._library.eellm_head(
+            None if norm_D is None else c_void_p(norm_D.data_ptr()),
+            c_double(self.config.rms_norm_eps),
+            byref(matrix),
+            c_int64(num_rows),
+            *_pointers(x_ND, logits_NV),
+            table,
+            _threads(),
+        )
+        return logits_NV
 
     def _through(
         self, layers: Sequence[structs.Layer], memory: dict[int, Tensor], first: int, h_ND: Tensor, rows: PassRows

@@ -93,8 +93,9 @@ class Stage:
         if not index:
             return {}
         layer = self.network.config.num_layers
-        z_ND = self.network.normed(layer, h_ND[index])
-        readings = iter(read(self.network, layer, z_ND, [entry.policy for entry, num in asked for _ in range(num)]))
+        readings = iter(
+            read(self.network, layer, h_ND[index], [entry.policy for entry, num in asked for _ in range(num)])
+        )
         return {entry.ticket: [next(readings) for _ in range(num)] for entry, num in asked if num}
 
     def _keeps(self, layer: int, entry: Entry) -> bool:
