@@ -53,6 +53,8 @@ class Options:
     """Above 0, `speculative` also takes drafts with this share of the likeliest token's probability: not lossless."""
     quantize: Literal["int8", "int4"] | None = None
     """Weights of 8 or 4 bits (CPU only)."""
+    compile: bool = True
+    """Run kernels that the machine's C++ compiler builds once for its processor, where they can run the model."""
     workers: int = 1
     """Processes that share the layers; `pipelined` needs two or more."""
     temperature: float = 0.0
@@ -88,7 +90,12 @@ def main(args: list[str]) -> None:
     model = load(options.model, options.adapter, dtype=options.dtype, device=options.device)
     prompt = [{"role": "user", "content": text}] if options.chat else text
     limit = model.config.max_seq_len
-    settings = {"quantize": options.quantize, "cache_dir": CACHE_DIR, "workers": options.workers}
+    settings = {
+        "quantize": options.quantize,
+        "compile": None if options.compile else False,
+        "cache_dir": CACHE_DIR,
+        "workers": options.workers,
+    }
     with Engine(model, max_batch=1, max_tokens=limit, **settings) as engine:
         run = engine.submit(prompt, config)
         if options.json:

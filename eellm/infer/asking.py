@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from eellm.infer.angles import Angles
 from eellm.infer.attention import PassRows, Span
 from eellm.infer.memory import Memory
 from eellm.infer.network import Network
@@ -24,15 +23,16 @@ def ask(
     h_nD: hidden states after that layer, through the exit's own layer where it has one. policies, thresholds: of each
     row; an exit is sure at a score of at least the threshold.
     """
-    z_nD = network.normed(layer, h_nD)
     gated = [i for i, policy in enumerate(policies) if policy == "gate"]
-    scores = network.gate(layer, rows_of(z_nD, gated)).tolist() if gated else []
-    gates = dict(zip(gated, scores, strict=True))
+    gates: dict[int, float] = {}
+    if gated:
+        scores = network.gate(layer, network.normed(layer, rows_of(h_nD, gated))).tolist()
+        gates = dict(zip(gated, scores, strict=True))
     asked = [i for i, threshold in enumerate(thresholds) if gates.get(i, threshold) >= threshold]
     if not asked:
         return {}, asked
     sure = {}
-    for i, reading in zip(asked, read(network, layer, rows_of(z_nD, asked), [policies[i] for i in asked]), strict=True):
+    for i, reading in zip(asked, read(network, layer, rows_of(h_nD, asked), [policies[i] for i in asked]), strict=True):
         if i in gates:
             sure[i] = Reading(layer, gates[i], reading.token, reading.logprob, reading.logits_V)
         elif reading.score >= thresholds[i]:
@@ -48,7 +48,6 @@ def through_own_layer(
     spans: Sequence[Span],
     index: Sequence[int],
     memory: Memory,
-    angles: Angles,
 ) -> Tensor:
     """Takes rows of a pass through the exit's own layer. Others stay as they are.
 
@@ -59,7 +58,7 @@ def through_own_layer(
     if not index:
         return h_ND
     out_ND = h_ND.clone()
-    some = PassRows(spans, angles, network.config.kv_heads)
+    some = network.rows(spans)
     out_ND[list(index)] = network.attended(layer, h_ND[list(index)], some, memory)
     return out_ND
 

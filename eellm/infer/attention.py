@@ -1,6 +1,6 @@
 """What the rows of one pass attend to, and where their keys and values go.
 
-    spans (slot, rows before, rows now) → `PassRows`, made once a pass → `write`, `attend` in each of its layers
+    spans (slot, rows before, rows now) → `PackedRows`, made once a pass → `write`, `attend` in each of its layers
 
 A pass carries N rows of any number of sequences, one sequence's rows side by side. A single sequence, or one with
 many rows (a prompt), attends by itself. Sequences with few rows attend together: their slots are neighbours in
@@ -41,8 +41,15 @@ class Span(NamedTuple):
 class PassRows:
     """The rows of one pass, in the order of `spans`."""
 
-    def __init__(self, spans: Sequence[Span], angles: Angles, num_kv_heads: int) -> None:
+    def __init__(self, spans: Sequence[Span]) -> None:
         self.spans = tuple(spans)
+
+
+class PackedRows(PassRows):
+    """As torch's attention takes them."""
+
+    def __init__(self, spans: Sequence[Span], angles: Angles, num_kv_heads: int) -> None:
+        super().__init__(spans)
         self.num_kv_heads = num_kv_heads
         self.device = angles.device
         angles.reserve(max(span.end for span in self.spans))

@@ -22,11 +22,11 @@ from eellm.infer.decode.make import Methods
 from eellm.infer.handle import Handle
 from eellm.infer.loop import Loop
 from eellm.infer.measure import measured
-from eellm.infer.memory import Memory
-from eellm.infer.network import Network, network_of
+from eellm.infer.network import Network
 from eellm.infer.pipelined.crew import Crew
 from eellm.infer.pipelined.loop import PipelinedLoop, PipelinedMemory, PipelinedScheduler
 from eellm.infer.pipelined.start import join, make_pipeline
+from eellm.infer.prepare import network_of
 from eellm.infer.quantize import Quantize
 from eellm.infer.request import Prompt, check_prompts, make_request, make_scoring
 from eellm.infer.result import EngineStats, Generation
@@ -47,6 +47,7 @@ class Engine:
         max_batch: int = 16,
         max_tokens: int = 4096,
         quantize: Quantize | None = None,
+        compile: bool | None = None,
         cache_dir: Path | None = None,
         workers: int = 1,
         timeout_s: float = 60.0,
@@ -54,7 +55,9 @@ class Engine:
         """model: a model, or what `eellm.load` takes. max_batch: requests served at the same time; others wait for
         their turn. max_tokens: the most that one request may have, prompt and new tokens together; memory for keys
         and values grows as needed, up to max_batch times that. quantize: matrices of 8 or 4 bits (CPU only).
-        cache_dir: where what was measured on this machine is kept for the next engine.
+        compile: whether to run kernels built for this processor (float32 on the CPU; the first time takes a C++
+        compiler some seconds); unset, where they can be. cache_dir: where kernels, rounded weights, and what was
+        measured on this machine are kept for the next engine.
 
         workers: processes that share the model's layers, this one among them; each of them computes with its part of
         this one's threads. Under torchrun they are its processes, with the threads that they have: on rank 0 this is
@@ -64,14 +67,12 @@ class Engine:
             raise ConfigError(f"workers = {workers}: must be at least 1")
         group = join(workers) if workers > 1 else None
         self.model = load(model) if isinstance(model, str | Path) else model
-        self.quantize, self.cache_dir = quantize, cache_dir
+        self.quantize, self.compile, self.cache_dir = quantize, compile, cache_dir
         self.failure: WorkerError | None = None
         self.crew: Crew | None = None
         if workers == 1:
-            self.network = network_of(self.model, quantize, cache_dir)
-            self.memory = Memory(
-                self.model.config, self.network.own_layer, dtype=self.network.dtype, device=self.network.device
-            )
+            self.network = network_of(self.model, quantize, cache_dir, compile)
+            self.memory = self.network.new_memory()
             self.scheduler = Scheduler(self._costs)
             self.loop = Loop(self.network, self.memory, self.scheduler)
         else:
@@ -80,6 +81,7 @@ class Engine:
                 workers,
                 group,
                 quantize=quantize,
+                compile=compile,
                 cache_dir=cache_dir,
                 max_batch=max_batch,
                 timeout_s=timeout_s,
@@ -237,7 +239,9 @@ class Engine:
     def _whole_network(self) -> Network:
         """All layers. Where workers share them they come into this process's memory when they are first needed: to
         score, and to know what drafts cost."""
-        return self.network if self.crew is None else network_of(self.model, self.quantize, self.cache_dir)
+        return (
+            self.network if self.crew is None else network_of(self.model, self.quantize, self.cache_dir, self.compile)
+        )
 
     def _check_workers(self) -> None:
         if self.failure is not None:

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from eellm.infer.angles import Angles
 from eellm.infer.asking import ask, rows_of, through_own_layer
 from eellm.infer.attention import PassRows, Span
 from eellm.infer.memory import Memory
@@ -32,7 +31,6 @@ class Loop:
         self.config = network.config
         self.stops = (*self.config.exit_layers, self.config.num_layers)
         self.own_layer = frozenset(network.own_layer)
-        self.angles = Angles(self.config, dtype=network.dtype, device=network.device)
 
     def step(self, sequences: Sequence[Served], tick: int) -> Sequence[Served] | None:
         """One tick. Returns the sequences that took part; None: there is nothing to do."""
@@ -57,7 +55,7 @@ class Loop:
                 seq.waiting[stop - 1] = []
         last = self._through(stop, sequences)
         spans = [Span(seq.slot, seq.passed[stop], count) for seq, count in zip(sequences, counts, strict=True)]
-        rows = self._rows(spans)
+        rows = self.network.rows(spans)
         done = 0 if stop == 0 else self.stops[stop - 1]
         h_ND = self.network.run(h_ND, done + 1, self.stops[last], rows, self.memory)
         start = 0
@@ -77,9 +75,6 @@ class Loop:
             self._at_exit(self.stops[last], h_ND, rows, sequences)
         else:
             self._at_end(h_ND, sequences, counts)
-
-    def _rows(self, spans: Sequence[Span]) -> PassRows:
-        return PassRows(spans, self.angles, self.config.kv_heads)
 
     def _through(self, stop: int, sequences: Iterable[Served]) -> int:
         """The stop to run to: beyond `stop` where nobody has business there."""
@@ -130,7 +125,7 @@ class Loop:
             if layer in seq.decode.exits_in_use:
                 spans.append(span)
                 index += range(end - span.count, end)
-        return through_own_layer(self.network, layer, h_ND, rows, spans, index, self.memory, self.angles)
+        return through_own_layer(self.network, layer, h_ND, rows, spans, index, self.memory)
 
     def _at_end(self, h_ND: Tensor, sequences: Sequence[Served], counts: Sequence[int]) -> None:
         """Asks the final exit about the rows that have no answer yet."""
@@ -145,8 +140,7 @@ class Loop:
         if not asked:
             return
         layer = self.stops[-1]
-        z_ND = self.network.normed(layer, rows_of(h_ND, index))
-        readings = self._read(layer, z_ND, [seq for seq, num in asked for _ in range(num)])
+        readings = self._read(layer, rows_of(h_ND, index), [seq for seq, num in asked for _ in range(num)])
         start = 0
         for seq, num in asked:
             seq.decode.at_end(seq, readings[start : start + num])
@@ -157,10 +151,10 @@ class Loop:
         """Whether more of the prompt is to come."""
         return seq.passed[0] < len(seq.request.tokens)
 
-    def _read(self, layer: int, z_ND: Tensor, sequences: Sequence[Served]) -> list[Reading]:
+    def _read(self, layer: int, h_ND: Tensor, sequences: Sequence[Served]) -> list[Reading]:
         for seq in dict.fromkeys(sequences):
             seq.work.count_head(layer)
-        return read(self.network, layer, z_ND, [seq.request.options.policy for seq in sequences])
+        return read(self.network, layer, h_ND, [seq.request.options.policy for seq in sequences])
 
 
 def _ends(spans: Iterable[Span]) -> list[int]:

@@ -2,8 +2,9 @@
 
     Network → timed passes → StepCosts (plain tables, for what decides without torch)
 
-Every part runs on made-up rows behind a context of moderate length, a few times; the quickest run counts, for whatever
-else the machine does only adds to the others. What a tick takes besides is read off a short full-depth run.
+Whole passes run on made-up rows behind a context of moderate length, a few times; of each part the quickest run counts,
+for whatever else the machine does only adds to the others. What a tick takes besides is read off a short run at full
+depth.
 """
 
 import hashlib
@@ -16,12 +17,13 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from eellm.config.infer import GenerateConfig
 from eellm.errors import ConfigError
-from eellm.infer.angles import Angles
 from eellm.infer.attention import PassRows, Span
 from eellm.infer.costs import MEASURED_ROWS, Curve, StepCosts
 from eellm.infer.decode.early import Early
@@ -35,6 +37,7 @@ from eellm.infer.scheduler import Scheduler
 from eellm.infer.sequence import Sequence
 from eellm.log import log
 
+T = TypeVar("T")
 NUM_RUNS = 7
 MIN_OVERHEAD_S = 1e-6
 CONTEXT = 64
@@ -46,42 +49,63 @@ def measure(network: Network) -> StepCosts:
     config = network.config
     context = min(CONTEXT, config.max_seq_len - 1)
     counts = tuple(n for n in MEASURED_ROWS if context + n <= config.max_seq_len) or (1,)
-    memory = Memory(config, network.own_layer, dtype=network.dtype, device=network.device)
+    memory = network.new_memory()
     memory.reserve(1, context + counts[-1])
-    angles = Angles(config, dtype=network.dtype, device=network.device)
-    rows = {n: PassRows([Span(0, context, n)], angles, config.kv_heads) for n in counts}
-    h = {n: network.embed([i % config.vocab_size for i in range(n)]) for n in counts}
+    quickest = {n: _quickest(network, memory, context, n) for n in counts}
+
+    def curve(part: str, layer: int) -> Curve:
+        return Curve(counts, tuple(quickest[n][part, layer] for n in counts))
+
     stops = (*config.exit_layers, config.num_layers)
-
-    def curve(run: Callable[[int], object]) -> Curve:
-        return Curve(counts, tuple(_seconds(partial(run, n), network.device) for n in counts))
-
-    def answer(layer: int, n: int) -> object:
-        z_ND = network.normed(layer, network.attended(layer, h[n], rows[n], memory))
-        return read(network, layer, z_ND, ["max_prob"] * n)
-
-    def gate(layer: int, n: int) -> object:
-        z_ND = network.normed(layer, network.attended(layer, h[n], rows[n], memory))
-        return network.gate(layer, z_ND).tolist()
-
-    segments = zip((0, *stops), stops, strict=False)
-    segment_s = tuple(
-        curve(lambda n, first=before + 1, last=stop: network.run(h[n], first, last, rows[n], memory))
-        for before, stop in segments
-    )
-    head_s = {layer: curve(lambda n, layer=layer: answer(layer, n)) for layer in stops}
+    segment_s = tuple(curve("segment", stop) for stop in stops)
+    head_s = {stop: curve("head", stop) for stop in stops}
     parts_s = sum(segment.at(1) for segment in segment_s) + head_s[stops[-1]].at(1)
     return StepCosts(
         stops=stops,
         segment_s=segment_s,
         head_s=head_s,
-        gate_s={
-            layer: curve(lambda n, layer=layer: gate(layer, n))
-            for layer in config.exit_layers
-            if network.heads[layer].gate is not None
-        },
+        gate_s={layer: curve("gate", layer) for layer in network.gates},
         overhead_s=max(_full_tick_s(network, context) - parts_s, MIN_OVERHEAD_S),
     )
+
+
+def _quickest(network: Network, memory: Memory, context: int, num_rows: int) -> dict[tuple[str, int], float]:
+    """Each part's best time. Whole passes run, so that every part finds its weights where a pass does: in the memory,
+    or in the cache that the rest of the model has left."""
+    config, times = network.config, _Times(network.device)
+    tokens = [i % config.vocab_size for i in range(num_rows)]
+    for _ in range(NUM_RUNS + 1):
+        rows = network.rows([Span(0, context, num_rows)])
+        h_ND, done = network.embed(tokens), 0
+        for stop in (*config.exit_layers, config.num_layers):
+            h_ND = times.take(("segment", stop), partial(network.run, h_ND, done + 1, stop, rows, memory))
+            done = stop
+            times.take(("head", stop), partial(_answers, network, stop, h_ND, rows, memory))
+            if stop in network.gates:
+                times.take(("gate", stop), partial(_gates, network, stop, h_ND, rows, memory))
+    return {part: min(seconds) for part, seconds in times.seconds.items()}
+
+
+def _answers(network: Network, layer: int, h_ND: Tensor, rows: PassRows, memory: Memory) -> object:
+    return read(network, layer, network.attended(layer, h_ND, rows, memory), ["max_prob"] * len(h_ND))
+
+
+def _gates(network: Network, layer: int, h_ND: Tensor, rows: PassRows, memory: Memory) -> object:
+    return network.gate(layer, network.normed(layer, network.attended(layer, h_ND, rows, memory))).tolist()
+
+
+class _Times:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[tuple[str, int], list[float]] = {}
+
+    def take(self, part: tuple[str, int], run: Callable[[], T]) -> T:
+        start = time.perf_counter()
+        result = run()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds.setdefault(part, []).append(time.perf_counter() - start)
+        return result
 
 
 def _full_tick_s(network: Network, context: int) -> float:
@@ -91,7 +115,7 @@ def _full_tick_s(network: Network, context: int) -> float:
     num_tokens = min(4 * NUM_RUNS, config.max_seq_len - context)
     options = GenerateConfig(method="full", max_new_tokens=num_tokens, ignore_eos=True)
     request = Request(tokens=prompt, thresholds={}, options=options)
-    memory = Memory(config, network.own_layer, dtype=network.dtype, device=network.device)
+    memory = network.new_memory()
     memory.reserve(1, context + num_tokens)
     loop = Loop(network, memory, Scheduler(lambda: measure(network)))
     seq = Sequence(
@@ -108,17 +132,6 @@ def _full_tick_s(network: Network, context: int) -> float:
         pass
     times = seq.times[1:]
     return min((after - before for before, after in itertools.pairwise(times)), default=0.0)
-
-
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    times = []
-    for _ in range(NUM_RUNS + 1):
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def measured(network: Network, directory: Path | None) -> StepCosts:
@@ -149,6 +162,7 @@ def _key(network: Network) -> str:
     """All that times depend on, and that can be known."""
     facts = {
         "config": asdict(network.config),
+        "network": type(network).__name__,
         "bytes": network.num_bytes,
         "dtype": str(network.dtype),
         "device": torch.cuda.get_device_name(network.device) if network.device.type == "cuda" else platform.processor(),

@@ -6,10 +6,8 @@ Shapes: N rows, D hidden, V vocabulary.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from eellm.exits.policy import SCORES
 from eellm.infer.network import Network
 
 
@@ -32,21 +30,17 @@ class Reading:
         return self.logprob if token == self.token else float(self.logits_V[token] - self.logits_V.logsumexp(-1))
 
 
-def read(network: Network, layer: int, z_ND: Tensor, policies: Sequence[str]) -> list[Reading]:
-    """Runs the output matrix of the exit at `layer` on normed hidden states.
+def read(network: Network, layer: int, h_ND: Tensor, policies: Sequence[str]) -> list[Reading]:
+    """Asks the exit after `layer` about hidden states (not normed).
 
     policies: each row's. Under `gate` the score isn't the logits' to tell; it is 1 (the final exit agrees with itself).
     """
-    logits_NV = network.logits(layer, z_ND)
-    tokens_N1 = logits_NV.max(dim=-1, keepdim=True).indices
-    logprobs_N = logits_NV.log_softmax(-1).gather(-1, tokens_N1)[:, 0]
-    columns = [logprobs_N.double(), tokens_N1[:, 0].double()]
-    named = sorted(set(policies) - {"gate", "max_prob"})
-    columns += [SCORES[policy](logits_NV).double() for policy in named]
-    columns.append(logprobs_N.exp().clamp(max=1).double())
-    table = torch.stack(columns, dim=-1).tolist()  # one look at the device's results
+    named = [*dict.fromkeys(policies)]
+    if "gate" in named:
+        named.remove("gate")
+    logits_NV, answers = network.answers(layer, h_ND, named)
     readings = []
-    for policy, row, logits_V in zip(policies, table, logits_NV, strict=True):
-        score = 1.0 if policy == "gate" else row[-1] if policy == "max_prob" else row[2 + named.index(policy)]
-        readings.append(Reading(layer, score, int(row[1]), row[0], logits_V))
+    for policy, (token, logprob, scores), logits_V in zip(policies, answers, logits_NV, strict=True):
+        score = 1.0 if policy == "gate" else scores[named.index(policy)]
+        readings.append(Reading(layer, score, token, logprob, logits_V))
     return readings

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from eellm.exits.policy import SCORES
-from eellm.infer.angles import Angles
 from eellm.infer.attention import PassRows, Span
 from eellm.infer.memory import Memory
 from eellm.infer.network import Network
@@ -51,14 +50,13 @@ def score(network: Network, tokens: Sequence[int], first: int, thresholds: Mappi
     first: at least 1. thresholds: by the layers of the exits in use; a threshold of 0 always takes the exit.
     """
     assert 1 <= first < len(tokens), "a token is scored given those before it"
-    memory = Memory(network.config, network.own_layer, dtype=network.dtype, device=network.device)
+    memory = network.new_memory()
     memory.reserve(1, len(tokens))
-    angles = Angles(network.config, dtype=network.dtype, device=network.device)
     reader = _Reader(network, memory, thresholds, policy)
     parts = []
     for start in range(0, len(tokens) - 1, CHUNK):
         end = min(start + CHUNK, len(tokens) - 1)
-        rows = PassRows([Span(0, start, end - start)], angles, network.config.kv_heads)
+        rows = network.rows([Span(0, start, end - start)])
         skipped = min(max(0, first - 1 - start), end - start)
         parts.append(reader.read(tokens[start:end], tokens[start + 1 : end + 1], rows, skipped))
     logprobs, exits, confidences, likeliest = (torch.cat(column).tolist() for column in zip(*parts, strict=True))

@@ -66,6 +66,20 @@ def test_pipelined_gives_the_tokens_exits_and_log_probabilities_of_early(engine,
         assert_same(out, expected)
 
 
+@pytest.mark.parametrize("workers", [2, 3])
+def test_with_kernels_of_our_own_workers_give_the_very_bits_of_one_process(workers):
+    model = tiny_model(seed=5, dtype="float32", head_dim=16)
+    options = {"threshold": 0.4, "max_new_tokens": 20}
+    with eellm.Engine(model, compile=True) as alone, eellm.Engine(model, compile=True, workers=workers) as engine:
+        for method in ("early", "speculative"):
+            reference = alone.generate(PROMPTS, method=method, **options)
+            for out, expected in zip(engine.generate(PROMPTS, method=method, **options), reference, strict=True):
+                assert (out.tokens, out.logprobs) == (expected.tokens, expected.logprobs)
+        reference = alone.generate(PROMPTS, method="early", **options)
+        for out, expected in zip(engine.generate(PROMPTS, method="pipelined", **options), reference, strict=True):
+            assert (out.tokens, out.exits, out.logprobs) == (expected.tokens, expected.exits, expected.logprobs)
+
+
 requests = st.fixed_dictionaries(
     {
         "method": st.sampled_from(["full", "early", "pipelined", "speculative"]),

@@ -7,7 +7,8 @@ import pytest
 import eellm
 from eellm.infer import measure
 from eellm.infer.costs import StepCosts
-from eellm.infer.network import Network, network_of
+from eellm.infer.packed import PackedNetwork
+from eellm.infer.prepare import network_of
 from tests.models import oracle, tiny_model
 from tests.step_costs import step_costs
 
@@ -79,13 +80,13 @@ def test_a_cache_directory_that_can_not_be_written_costs_a_warning_only(tmp_path
 def test_what_is_measured_is_what_runs(monkeypatch):
     network = network_of(tiny_model(seed=4))
     seen = set()
-    run = Network.run
+    run = PackedNetwork.run
 
     def watching(self, h_ND, first, last, rows, memory):
         seen.add((first, last, len(h_ND)))
         return run(self, h_ND, first, last, rows, memory)
 
-    monkeypatch.setattr(Network, "run", watching)
+    monkeypatch.setattr(PackedNetwork, "run", watching)
     costs = measure.measure(network)
     rows = costs.segment_s[0].rows
     assert rows == (1, 2, 4, 8, 16, 32, 64)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import eellm
 from eellm.errors import ConfigError, RequestError
 from eellm.infer.loop import Loop
-from eellm.infer.network import Network
+from eellm.infer.packed import PackedNetwork
 from eellm.infer.sampling import Sampler
 from eellm.text.tokenizer import Tokenizer
 from tests.models import tiny_model
@@ -321,7 +321,7 @@ def test_runs_of_one_model_can_be_interleaved(model):
 def calls(monkeypatch):
     """Counts what runs: passes through each layer, and each exit's output matrix."""
     layers, heads = dict.fromkeys(range(1, 7), 0), {}
-    run, logits = Network.run, Network.logits
+    run, logits = PackedNetwork.run, PackedNetwork.logits
 
     def counting_run(self, h_ND, first, last, *rest):
         for n in range(first, last + 1):
@@ -332,8 +332,8 @@ def calls(monkeypatch):
         heads[layer] = heads.get(layer, 0) + 1
         return logits(self, layer, z_ND)
 
-    monkeypatch.setattr(Network, "run", counting_run)
-    monkeypatch.setattr(Network, "logits", counting_logits)
+    monkeypatch.setattr(PackedNetwork, "run", counting_run)
+    monkeypatch.setattr(PackedNetwork, "logits", counting_logits)
     return layers, heads
 
 

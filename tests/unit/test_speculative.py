@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import eellm
-from eellm.infer.network import network_of
+from eellm.infer.prepare import network_of
 from eellm.infer.sampling import filtered
 from tests.models import oracle, tiny_model
 from tests.step_costs import step_costs

@@ -10,8 +10,8 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ from eellm.infer.pipelined.setup import (
     stage_weights,
 )
 from eellm.infer.pipelined.wire import FOREVER, Group, Inbox, Message, Outbox, PeerLostError, wait_for
-from eellm.infer.quantize import Quantize
 from eellm.schedule.partition import Stage
 
 Process = subprocess.Popen[bytes]
@@ -51,15 +50,12 @@ class Crew:
         processes: Mapping[int, Process],
         model: EarlyExitLM,
         stages: Sequence[Stage],
+        plan: Plan,
         *,
-        quantize: Quantize | None,
-        cache_dir: Path | None,
-        num_threads: int,
-        max_in_flight: int,
         timeout_s: float,
     ) -> None:
-        """processes: by rank, the workers that were started here. stages: all, the engine's own first. num_threads: of
-        each worker; 0: as many as it has. timeout_s: without a word while one is owed."""
+        """processes: by rank, the workers that were started here. stages: all, the engine's own first. plan: what the
+        workers are told, but for their layers. timeout_s: without a word while one is owed."""
         self.stages = tuple(stages)
         self.timeout_s = timeout_s
         self._group, self._processes = group, processes
@@ -74,7 +70,7 @@ class Crew:
         for watcher in self._watchers:
             watcher.start()
         try:
-            self._set_up(model, quantize, cache_dir, num_threads, max_in_flight)
+            self._set_up(model, plan)
         except BaseException:
             self.kill()
             raise
@@ -94,28 +90,13 @@ class Crew:
         """By rank; the workers' only."""
         return [self._facts[rank].pid for rank in self.ranks]
 
-    def _set_up(
-        self,
-        model: EarlyExitLM,
-        quantize: Quantize | None,
-        cache_dir: Path | None,
-        num_threads: int,
-        max_in_flight: int,
-    ) -> None:
+    def _set_up(self, model: EarlyExitLM, plan: Plan) -> None:
         weights = model.state_dict()
         rank = 0
         try:
             for rank in self.ranks:
                 stage = self.stages[rank]
-                plan = Plan(
-                    first=stage.first,
-                    last=stage.last,
-                    quantize=quantize,
-                    cache_dir=None if cache_dir is None else str(cache_dir.absolute()),
-                    device=model.decoder.embed.weight.device.type,
-                    num_threads=num_threads,
-                    max_in_flight=max_in_flight,
-                )
+                plan = replace(plan, first=stage.first, last=stage.last)
                 chosen = stage_weights(weights, stage.first, stage.last, model.config.num_layers)
                 send_plan(self._group, rank, model.config, plan, chosen)
             for rank in self.ranks:

@@ -57,7 +57,7 @@ class PipelinedMemory(Memory):
     """The first stage's; the workers do with theirs what is done with it."""
 
     def __init__(self, network: Network, crew: Crew) -> None:
-        super().__init__(network.config, network.own_layer, network.layers, dtype=network.dtype, device=network.device)
+        super().__init__(network.config, network.own_layer, network.held, dtype=network.dtype, device=network.device)
         self.crew = crew
         self.num_layers, self.num_own = network.config.num_layers, len(own_layers(network.config))
 

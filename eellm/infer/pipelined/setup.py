@@ -32,6 +32,7 @@ class Plan:
     """Its first layer."""
     last: int
     quantize: Quantize | None
+    compile: bool | None
     cache_dir: str | None
     device: str
     num_threads: int

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from eellm.infer.angles import Angles
 from eellm.infer.asking import ask, rows_of, through_own_layer
 from eellm.infer.attention import PassRows, Span
 from eellm.infer.memory import Memory
@@ -63,19 +62,17 @@ class Stage:
     def __init__(self, network: Network, memory: Memory) -> None:
         self.network = network
         self.memory = memory
-        self.first, self.last = min(network.layers), max(network.layers)
+        self.first, self.last = network.held[0], network.held[-1]
         config = network.config
         self.is_last = self.last == config.num_layers
         self.exits = tuple(layer for layer in config.exit_layers if self.first <= layer <= self.last)
         self.own_layer = frozenset(network.own_layer)
-        self.angles = Angles(config, dtype=network.dtype, device=network.device)
 
     @torch.inference_mode()
     def run(self, rows: StagePass, answered: Heard) -> Tensor:
         """Takes the rows through the stage. Whenever an exit is sure of some, `answered` hears it at once."""
         h_ND = rows.h_ND.to(self.network.device)
-        kv_heads = self.network.config.kv_heads
-        together = PassRows(rows.spans(), self.angles, kv_heads)
+        together = self.network.rows(rows.spans())
         done = self.first - 1
         for layer in self.exits:
             if any(entry.is_tested(layer) or self._keeps(layer, entry) for entry in rows.entries):
@@ -96,8 +93,9 @@ class Stage:
         if not index:
             return {}
         layer = self.network.config.num_layers
-        z_ND = self.network.normed(layer, h_ND[index])
-        readings = iter(read(self.network, layer, z_ND, [entry.policy for entry, num in asked for _ in range(num)]))
+        readings = iter(
+            read(self.network, layer, h_ND[index], [entry.policy for entry, num in asked for _ in range(num)])
+        )
         return {entry.ticket: [next(readings) for _ in range(num)] for entry, num in asked if num}
 
     def _keeps(self, layer: int, entry: Entry) -> bool:
@@ -112,7 +110,7 @@ class Stage:
         index: list[int] = []
         for entry, end, is_used in zip(rows.entries, rows.ends, used, strict=True):
             index += range(end - entry.count, end) if is_used else ()
-        return through_own_layer(self.network, layer, h_ND, together, rows.spans(used), index, self.memory, self.angles)
+        return through_own_layer(self.network, layer, h_ND, together, rows.spans(used), index, self.memory)
 
     def _ask(self, layer: int, h_ND: Tensor, rows: StagePass) -> list[tuple[Entry, Reading]]:
         """The entries that the exit answers."""

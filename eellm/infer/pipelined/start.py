@@ -20,8 +20,10 @@ from eellm.errors import ConfigError, WorkerError
 from eellm.exits.lm import EarlyExitLM
 from eellm.infer.network import Network
 from eellm.infer.pipelined.crew import Crew, Process, end_processes, how_it_ended
+from eellm.infer.pipelined.setup import Plan
 from eellm.infer.pipelined.wire import START_TIMEOUT, Group, gloo
 from eellm.infer.pipelined.worker import serve
+from eellm.infer.prepare import make_network
 from eellm.infer.quantize import Quantize
 from eellm.parallel import mesh
 from eellm.schedule.partition import Stage, partition
@@ -56,6 +58,7 @@ def make_pipeline(
     group: Group | None,
     *,
     quantize: Quantize | None,
+    compile: bool | None,
     cache_dir: Path | None,
     max_batch: int,
     timeout_s: float,
@@ -67,19 +70,20 @@ def make_pipeline(
     if group is None:
         num_threads = max(1, torch.get_num_threads() // num_stages)
         group, processes = _start(num_stages)
-    crew = Crew(
-        group,
-        processes,
-        model,
-        stages,
+    plan = Plan(
+        first=0,
+        last=0,
         quantize=quantize,
-        cache_dir=cache_dir,
+        compile=compile,
+        cache_dir=None if cache_dir is None else str(cache_dir.absolute()),
+        device=model.decoder.embed.weight.device.type,
         num_threads=num_threads,
         max_in_flight=64 + 4 * max_batch * num_stages,
-        timeout_s=timeout_s,
     )
+    crew = Crew(group, processes, model, stages, plan, timeout_s=timeout_s)
     first = range(stages[0].first, stages[0].last + 1)
-    return Pipeline(network=Network(model, quantize, first, cache_dir), crew=crew)
+    network = make_network(model, quantize=quantize, layers=first, cache_dir=cache_dir, compile=compile)
+    return Pipeline(network=network, crew=crew)
 
 
 def stages_of(config: ModelConfig, num_stages: int) -> tuple[Stage, ...]:

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from eellm.config.model import ModelConfig
 from eellm.exits.lm import EarlyExitLM
-from eellm.infer.memory import Memory
 from eellm.infer.network import Network
 from eellm.infer.pipelined import entry as e
 from eellm.infer.pipelined.entry import Entry, EntryCode, Record, encode_records
 from eellm.infer.pipelined.setup import LIFE_TAG, Plan, receive_plan, send_facts
 from eellm.infer.pipelined.stage import Stage, StagePass, merged
 from eellm.infer.pipelined.wire import FOREVER, Group, Inbox, Message, Outbox, PeerLostError, gloo, wait_for
+from eellm.infer.prepare import make_network
 from eellm.infer.readout import Reading
 
 MERGED_ROWS = 64
@@ -50,7 +50,7 @@ def serve(group: Group, rank: int) -> None:
         config, plan, tensors = receive_plan(group)
         if plan.num_threads:
             torch.set_num_threads(plan.num_threads)
-        network = make_network(config, plan, tensors, rank)
+        network = stage_network(config, plan, tensors, rank)
         worker = Worker(group, rank, network, plan.max_in_flight)
         send_facts(group, network.num_bytes)
         worker.run()
@@ -70,7 +70,7 @@ def _end_with_engine(group: Group) -> None:
 class Worker:
     def __init__(self, group: Group, rank: int, network: Network, max_in_flight: int) -> None:
         config = network.config
-        memory = Memory(config, network.own_layer, network.layers, dtype=network.dtype, device=network.device)
+        memory = network.new_memory()
         self.stage = Stage(network, memory)
         self.code = EntryCode(config.exit_layers)
         self.max_in_flight = max_in_flight
@@ -164,14 +164,15 @@ class Worker:
         self.engine.send(e.REPLY, encode_records(records), torch.stack(logits) if logits else None)
 
 
-def make_network(config: ModelConfig, plan: Plan, tensors: Mapping[str, Tensor], rank: int) -> Network:
+def stage_network(config: ModelConfig, plan: Plan, tensors: Mapping[str, Tensor], rank: int) -> Network:
     """The stage's layers, with the weights that came; the rest of the model takes no memory."""
     with torch.device("meta"):
         model = EarlyExitLM(config).eval()
     device = torch.device("cuda", rank % torch.cuda.device_count()) if plan.device == "cuda" else torch.device("cpu")
     model.load_state_dict({name: t.to(device) for name, t in tensors.items()}, strict=False, assign=True)
     cache_dir = None if plan.cache_dir is None else Path(plan.cache_dir)
-    return Network(model, plan.quantize, range(plan.first, plan.last + 1), cache_dir)
+    layers = range(plan.first, plan.last + 1)
+    return make_network(model, quantize=plan.quantize, layers=layers, cache_dir=cache_dir, compile=plan.compile)
 
 
 if __name__ == "__main__":
