@@ -30,19 +30,24 @@ class Sampling:
     """Only tokens with at least this share of the most likely one's probability."""
     repetition_penalty: float = 1.0
     """Above 1: logits of tokens seen before (prompt included) are divided by it, or multiplied where negative."""
+    presence_penalty: float = 0.0
+    """Taken off the logits of tokens that the answer has already; below 0 they become likelier."""
+    frequency_penalty: float = 0.0
+    """Taken off the logits of tokens that the answer has already, once for each time."""
     seed: int | None = None
     """Makes a request's draws repeatable, whatever runs beside it. Every prompt of a call starts from this seed."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 0, "temperature", "top_k", "seed")
         check_fraction(self, "top_p", "min_p")
-        check_numbers(self, "repetition_penalty")
+        check_numbers(self, "repetition_penalty", "presence_penalty", "frequency_penalty")
         if not 0 < self.repetition_penalty < math.inf:
             raise ConfigError(f"repetition_penalty = {self.repetition_penalty!r}: must be above 0 and finite")
         if self.seed is not None and self.seed >= 2**64:
             raise ConfigError(f"seed = {self.seed}: must be below 2^64")
-        if not math.isfinite(self.temperature):
-            raise ConfigError(f"temperature = {self.temperature!r}: must be finite")
+        for name in ("temperature", "presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"{name} = {getattr(self, name)!r}: must be finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +76,8 @@ class GenerateConfig:
     typical: float = 0.0
     """Under `speculative`, above 0: a draft is also right if its final probability is at least this share of the
     likeliest one's. Faster, and no longer lossless."""
+    top_logprobs: int = 0
+    """With each token, so many of the likeliest ones with their log-probabilities."""
     sampling: Sampling = Sampling()
     """How tokens are drawn."""
     stop: tuple[str, ...] = ()
@@ -80,6 +87,7 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         check_literals(self)
+        check_at_least(self, 0, "top_logprobs")
         check_at_least(self, 1, "max_new_tokens", "max_deferred", "max_draft")
         check_fraction(self, "typical")
         if self.threshold is not None:

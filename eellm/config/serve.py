@@ -67,6 +67,8 @@ class ServeConfig:
     """How tokens are made where a request doesn't say. `auto` is lossless."""
     quantize: Literal["int8", "int4"] | None = None
     """Weights of 8 or 4 bits (CPU only)."""
+    compile: bool = True
+    """Run kernels that the machine's C++ compiler builds once for its processor, where they can run the model."""
     workers: int = 1
     """Processes that share the layers."""
     dtype: str = "float32"

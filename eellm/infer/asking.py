@@ -17,8 +17,9 @@ from eellm.infer.readout import Reading, read
 
 def ask(
     network: Network, layer: int, h_nD: Tensor, policies: Sequence[str], thresholds: Sequence[float]
-) -> tuple[dict[int, Reading], list[int]]:
-    """What the exit at `layer` says of the rows that it is sure of, by row, and the rows that its output matrix read.
+) -> tuple[dict[int, Reading], list[int], dict[int, float]]:
+    """What the exit at `layer` says of the rows that it is sure of, by row; the rows that its output matrix read; and
+    the scores of those that it isn't sure of.
 
     h_nD: hidden states after that layer, through the exit's own layer where it has one. policies, thresholds: of each
     row; an exit is sure at a score of at least the threshold.
@@ -29,15 +30,18 @@ def ask(
         scores = network.gate(layer, network.normed(layer, rows_of(h_nD, gated))).tolist()
         gates = dict(zip(gated, scores, strict=True))
     asked = [i for i, threshold in enumerate(thresholds) if gates.get(i, threshold) >= threshold]
+    unsure = {i: score for i, score in gates.items() if i not in asked}
     if not asked:
-        return {}, asked
+        return {}, asked, unsure
     sure = {}
     for i, reading in zip(asked, read(network, layer, rows_of(h_nD, asked), [policies[i] for i in asked]), strict=True):
         if i in gates:
             sure[i] = Reading(layer, gates[i], reading.token, reading.logprob, reading.logits_V)
         elif reading.score >= thresholds[i]:
             sure[i] = reading
-    return sure, asked
+        else:
+            unsure[i] = reading.score
+    return sure, asked, unsure
 
 
 def through_own_layer(

@@ -151,19 +151,26 @@ class Engine:
                 handle.cancel()
 
     def score(
-        self, texts: SequenceOf[Prompt | tuple[Prompt, Prompt]], *, exit: int | None = None, **fields: Any
+        self,
+        texts: SequenceOf[Prompt | tuple[Prompt, Prompt]],
+        *,
+        exit: int | None = None,
+        top_logprobs: int = 0,
+        **fields: Any,
     ) -> list[Score]:
         """Log-likelihood of each text but its first token, given what comes before; of a pair (context, continuation)
         that of the continuation.
 
         At full depth; at the exit of layer `exit`; or, with a `policy` or `threshold` (and `exits`, as in `submit`),
-        each token at the exit that it would take. Raises RequestError for a text that can't be scored.
+        each token at the exit that it would take. top_logprobs: how many of the likeliest tokens each place tells.
+        Raises RequestError for a text that can't be scored.
         """
         scored = []
         for text in texts:
             request, first = make_scoring(self.model, text, exit, fields)
-            options = request.options
-            scored.append(score(self._whole_network(), request.tokens, first, request.thresholds, options.policy))
+            policy = request.options.policy
+            network = self._whole_network()
+            scored.append(score(network, request.tokens, first, request.thresholds, policy, top_logprobs=top_logprobs))
         return scored
 
     def step(self) -> bool:

@@ -41,6 +41,13 @@ class Handle(Iterator[Token]):
         """Of the tokens so far."""
         return [token.exit for token in self._seq.emitted]
 
+    def take(self) -> list[Token]:
+        """The tokens that are there and weren't taken yet; drives nothing."""
+        with self._engine.lock:
+            tokens = list(self._seq.new)
+            self._seq.new.clear()
+            return tokens
+
     def cancel(self) -> None:
         """Ends the request; its slot is free at once."""
         self._engine.cancel(self._seq)

@@ -99,7 +99,7 @@ class Loop:
             h_ND = self._through_own(layer, h_ND, rows, sequences)
         if not tested:
             return
-        sure, asked = ask(
+        sure, asked, unsure = ask(
             self.network,
             layer,
             rows_of(h_ND, [row for _, row in tested]),
@@ -108,6 +108,8 @@ class Loop:
         )
         for i in asked:
             tested[i][0].work.count_head(layer)
+        for i, score in unsure.items():
+            tested[i][0].unsure.append((layer, score))
         num_over = 0
         for i, reading in sure.items():
             seq = tested[i][0]

@@ -25,9 +25,19 @@ class Reading:
     logits_V: Tensor
     """Raw, float32."""
 
+    def top(self, num_tokens: int) -> tuple[tuple[int, float], ...]:
+        """The likeliest tokens, each with its log-probability under the raw logits."""
+        return likeliest(self.logits_V.log_softmax(-1), num_tokens)
+
     def logprob_of(self, token: int) -> float:
         """Under the raw logits."""
         return self.logprob if token == self.token else float(self.logits_V[token] - self.logits_V.logsumexp(-1))
+
+
+def likeliest(logprobs_V: Tensor, num_tokens: int) -> tuple[tuple[int, float], ...]:
+    """As many tokens with their log-probabilities, likeliest first."""
+    top = logprobs_V.topk(min(num_tokens, len(logprobs_V)))
+    return tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
 
 
 def read(network: Network, layer: int, h_ND: Tensor, policies: Sequence[str]) -> list[Reading]:

@@ -16,6 +16,11 @@ class Token:
     """The policy's score of the logits it was drawn from (under `gate`: the gate's, and 1 at the final exit)."""
     logprob: float
     """Log-probability under the raw logits that it was drawn from; under `speculative` the final exit's."""
+    top: tuple[tuple[int, float], ...] = ()
+    """As many of the likeliest tokens as `top_logprobs` asks for, each with its log-probability, likeliest first."""
+    passed: tuple[tuple[int, float], ...] = ()
+    """Exits that were asked about it before and weren't sure enough: layer and score, in order. Those that workers ask
+    aren't known here, nor, under `speculative`, those about drafts."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Drawing a token from logits: repetition penalty → temperature → top-k → top-p → min-p → draw.
+"""Drawing a token from logits: penalties → temperature → top-k → top-p → min-p → draw.
 
 One uniform draw per token from the request's own generator, so that a request's tokens depend on its seed alone.
 Shapes: V vocabulary.
@@ -18,6 +18,10 @@ class Sampler:
     def __init__(self, sampling: Sampling, prompt: Iterable[int], device: torch.device) -> None:
         self.sampling = sampling
         self.seen = torch.tensor(sorted(set(prompt)), device=device)
+        self.said: list[int] = []
+        """The answer's tokens, where penalties count them."""
+        self.penalises_seen = sampling.repetition_penalty != 1.0
+        self.penalises_said = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
         self.generator = torch.Generator(device)
         if sampling.seed is None:
             self.generator.seed()
@@ -27,10 +31,10 @@ class Sampler:
     @property
     def takes_likeliest(self) -> bool:
         """Whether the token is always the one with the largest raw logit: then nothing needs to be drawn."""
-        return self.sampling.temperature == 0 and self.sampling.repetition_penalty == 1.0
+        return self.sampling.temperature == 0 and not (self.penalises_seen or self.penalises_said)
 
     def draw(self, logits_V: Tensor) -> int:
-        """The next token's id, from raw float32 logits. The penalty applies to it from then on."""
+        """The next token's id, from raw float32 logits. Penalties apply to it from then on."""
         if self.sampling.temperature == 0:
             token = int(self._penalised(logits_V, ()).argmax())
         else:
@@ -47,14 +51,16 @@ class Sampler:
         return float(torch.rand((), generator=self.generator, device=self.generator.device))
 
     def accept(self, token: int) -> None:
-        """The penalty applies to `token` from now on."""
-        if self.sampling.repetition_penalty != 1.0:
+        """Penalties apply to `token` from now on."""
+        if self.penalises_seen:
             self.seen = torch.cat((self.seen, self.seen.new_tensor([token])))
+        if self.penalises_said:
+            self.said.append(token)
 
     def probabilities(self, logits_V: Tensor, drafted: Sequence[int] = ()) -> Tensor:
         """What a token is drawn with: (V,), summing to 1. All of it on one token under temperature 0.
 
-        drafted: tokens that come before it but aren't accepted yet; the penalty applies to them too.
+        drafted: tokens that come before it but aren't accepted yet; penalties apply to them too.
         """
         logits_V = self._penalised(logits_V, drafted)
         if self.sampling.temperature == 0:
@@ -64,16 +70,24 @@ class Sampler:
         return probabilities_V / probabilities_V.sum()
 
     def _penalised(self, logits_V: Tensor, drafted: Sequence[int]) -> Tensor:
-        if self.sampling.repetition_penalty == 1.0:
-            return logits_V
-        seen = torch.cat((self.seen, self.seen.new_tensor(drafted))) if drafted else self.seen
-        return penalised(logits_V, seen, self.sampling.repetition_penalty)
+        if self.penalises_seen:
+            seen = torch.cat((self.seen, self.seen.new_tensor(drafted))) if drafted else self.seen
+            logits_V = penalised(logits_V, seen, self.sampling.repetition_penalty)
+        if self.penalises_said and (said := [*self.said, *drafted]):
+            logits_V = lowered(logits_V, said, self.sampling.presence_penalty, self.sampling.frequency_penalty)
+        return logits_V
 
 
 def penalised(logits_V: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Makes tokens seen before less likely, for a penalty above 1 (CTRL, arXiv 1909.05858)."""
     chosen = logits_V[seen]
     return logits_V.index_copy(0, seen, torch.where(chosen > 0, chosen / penalty, chosen * penalty))
+
+
+def lowered(logits_V: Tensor, said: Sequence[int], presence: float, frequency: float) -> Tensor:
+    """OpenAI's penalties: logit - presence · (was said) - frequency · (times it was said)."""
+    tokens, counts = torch.tensor(said, device=logits_V.device).unique(return_counts=True)
+    return logits_V.index_add(0, tokens, -(presence + frequency * counts.to(logits_V.dtype)))
 
 
 def filtered(logits_V: Tensor, sampling: Sampling) -> Tensor:

@@ -18,6 +18,7 @@ from eellm.exits.policy import SCORES
 from eellm.infer.attention import PassRows, Span
 from eellm.infer.memory import Memory
 from eellm.infer.network import Network
+from eellm.infer.readout import likeliest
 
 CHUNK = 128
 """Rows that have their logits at a time."""
@@ -36,6 +37,8 @@ class Score:
     """The policy's score there."""
     is_likeliest: list[bool]
     """Whether greedy decoding would have said this token."""
+    top: list[tuple[tuple[int, float], ...]]
+    """The likeliest tokens in its place, with their log-probabilities, likeliest first: as many as were asked for."""
 
     @property
     def logprob(self) -> float:
@@ -44,15 +47,24 @@ class Score:
 
 
 @torch.inference_mode()
-def score(network: Network, tokens: Sequence[int], first: int, thresholds: Mapping[int, float], policy: str) -> Score:
+def score(
+    network: Network,
+    tokens: Sequence[int],
+    first: int,
+    thresholds: Mapping[int, float],
+    policy: str,
+    *,
+    top_logprobs: int = 0,
+) -> Score:
     """Scores `tokens[first:]`, each given all before it.
 
     first: at least 1. thresholds: by the layers of the exits in use; a threshold of 0 always takes the exit.
+    top_logprobs: how many of the likeliest tokens are told in each place.
     """
     assert 1 <= first < len(tokens), "a token is scored given those before it"
     memory = network.new_memory()
     memory.reserve(1, len(tokens))
-    reader = _Reader(network, memory, thresholds, policy)
+    reader = _Reader(network, memory, thresholds, policy, top_logprobs)
     parts = []
     for start in range(0, len(tokens) - 1, CHUNK):
         end = min(start + CHUNK, len(tokens) - 1)
@@ -66,17 +78,23 @@ def score(network: Network, tokens: Sequence[int], first: int, thresholds: Mappi
         exits=exits,
         confidences=confidences,
         is_likeliest=likeliest,
+        top=[reader.top.get(i, ()) for i in range(first - 1, len(tokens) - 1)],
     )
 
 
 class _Reader:
     """Takes chunks of one text through the model."""
 
-    def __init__(self, network: Network, memory: Memory, thresholds: Mapping[int, float], policy: str) -> None:
+    def __init__(
+        self, network: Network, memory: Memory, thresholds: Mapping[int, float], policy: str, top_logprobs: int
+    ) -> None:
         self.network = network
         self.memory = memory
         self.thresholds = thresholds
         self.policy = policy
+        self.top_logprobs = top_logprobs
+        self.top: dict[int, tuple[tuple[int, float], ...]] = {}
+        """By row of the text."""
         self.stops = (*sorted(thresholds), network.config.num_layers)
 
     def read(
@@ -102,7 +120,12 @@ class _Reader:
             takes_n = sure_n >= self.thresholds.get(stop, -1.0)
             taken = open_n[takes_n]
             logits_nV = logits_nV[takes_n]
-            picked_n = logits_nV.log_softmax(-1).gather(-1, target_N[taken, None])[:, 0]
+            logprobs_nV = logits_nV.log_softmax(-1)
+            if self.top_logprobs:
+                start = rows.spans[0].before
+                for row, logprobs_V in zip(taken.tolist(), logprobs_nV, strict=True):
+                    self.top[start + row] = likeliest(logprobs_V, self.top_logprobs)
+            picked_n = logprobs_nV.gather(-1, target_N[taken, None])[:, 0]
             logprob_N[taken], score_N[taken] = picked_n.double(), sure_n[takes_n].double()
             likeliest_N[taken] = logits_nV.argmax(-1) == target_N[taken]
             exit_N[taken] = stop

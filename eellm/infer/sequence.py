@@ -52,6 +52,8 @@ class Sequence:
         """Index of the stop that the frontier moves to next; None: it rests, or has reached the end."""
         self.answered = False
         """Whether the frontier's newest row has its token."""
+        self.unsure: list[tuple[int, float]] = []
+        """Exits that were asked about the newest row in vain: layer and score."""
         self.is_shared = False
         """Whether others may use the rows of its prompt."""
         self.ready_since = 0
@@ -114,11 +116,12 @@ class Sequence:
         """Draws the next token from a row's logits, emits it, and feeds it."""
         token = reading.token if self.sampler.takes_likeliest else self.sampler.draw(reading.logits_V)
         self.answered = True
-        self.emit(token, reading.layer, reading.score, reading.logprob_of(token))
+        self.emit(token, reading.layer, reading)
         self.pending = [token]
 
-    def emit(self, token: int, layer: int, score: float, logprob: float) -> None:
-        """One more token of the answer; nothing after the end."""
+    def emit(self, token: int, layer: int, reading: "Reading") -> None:
+        """One more token of the answer; nothing after the end. layer: of the exit that it is said to come from."""
+        passed, self.unsure = tuple(self.unsure), []
         if self.finish_reason is not None:
             return
         self.room -= 1
@@ -128,7 +131,16 @@ class Sequence:
             self.finish_reason = "stop" if stopped else "eos" if is_eos else "length"
         self.tokens.append(token)
         self.times.append(time.perf_counter())
-        new = Token(id=token, text=text, exit=layer, confidence=score, logprob=logprob)
+        num_top = self.request.options.top_logprobs
+        new = Token(
+            id=token,
+            text=text,
+            exit=layer,
+            confidence=reading.score,
+            logprob=reading.logprob_of(token),
+            top=reading.top(num_top) if num_top else (),
+            passed=passed,
+        )
         self.emitted.append(new)
         self.new.append(new)
 

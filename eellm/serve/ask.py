@@ -4,7 +4,7 @@ Everything here runs off the event loop: it encodes text, and runs the model's o
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from eellm.config.infer import GenerateConfig, Method, Sampling
@@ -122,15 +122,18 @@ def _max_new_tokens(body: CompletionRequest | ChatRequest, room: int) -> int:
 def _options(body: Asked, config: ServeConfig, stops: tuple[str, ...], top_logprobs: int) -> GenerateConfig:
     exit = body.early_exit
     given = {name: getattr(exit, name) for name in ("policy", "max_deferred")}
-    fields = {name: value for name, value in given.items() if value is not None}
+    chosen = {name: value for name, value in given.items() if value is not None}
     if exit.exits is not None:
-        fields["exits"] = tuple(exit.exits)
+        chosen["exits"] = tuple(exit.exits)
     if exit.threshold is not None:
-        fields["threshold"] = _thresholds(exit.threshold)
-    if top_logprobs:
-        fields["top_logprobs"] = top_logprobs
+        chosen["threshold"] = _thresholds(exit.threshold)
     return GenerateConfig(
-        method=_method(body, config), sampling=_sampling(body), stop=stops, ignore_eos=body.ignore_eos, **fields
+        method=_method(body, config),
+        sampling=_sampling(body),
+        stop=stops,
+        ignore_eos=body.ignore_eos,
+        top_logprobs=top_logprobs,
+        **chosen,
     )
 
 
@@ -146,10 +149,8 @@ def _method(body: Asked, config: ServeConfig) -> Method:
 
 
 def _sampling(body: Asked) -> Sampling:
-    given = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    fields = {name: getattr(body, name) for name in given}
-    fields |= {n: value for n in ("presence_penalty", "frequency_penalty") if (value := getattr(body, n)) != 0}
-    return Sampling(**fields)
+    names = [option.name for option in fields(Sampling)]
+    return Sampling(**{name: getattr(body, name) for name in names})
 
 
 def _reseeded(options: GenerateConfig, seed: int) -> GenerateConfig:
@@ -170,5 +171,5 @@ def _score_fields(options: GenerateConfig, top_logprobs: int) -> dict[str, Any]:
     """A prompt is scored where its tokens would have left: lossless methods leave at the end."""
     method = options.method
     exits_answer = method in ("early", "pipelined") or (method == "auto" and options.threshold is not None)
-    fields = {name: getattr(options, name) for name in ("policy", "threshold", "exits")} if exits_answer else {}
-    return fields | ({"top_logprobs": top_logprobs} if top_logprobs else {})
+    chosen = {name: getattr(options, name) for name in ("policy", "threshold", "exits")} if exits_answer else {}
+    return chosen | {"top_logprobs": top_logprobs}

@@ -63,10 +63,10 @@ def entry_of(token: Token, ask: Ask) -> Entry:
         id=token.id,
         text=token.text,
         logprob=token.logprob,
-        top=token.top if ask.top_logprobs else (),  # pyrefly: ignore[missing-attribute]
+        top=token.top if ask.top_logprobs else (),
         exit=token.exit,
         confidence=token.confidence,
-        passed=token.passed if ask.report else (),  # pyrefly: ignore[missing-attribute]
+        passed=token.passed if ask.report else (),
     )
 
 
@@ -244,7 +244,7 @@ def echoes_of(ask: Ask, tokenizer: Tokenizer | None, scores: Sequence[Score | No
             Entry(id=prompt.tokens[0], text=pieces[0], logprob=None, top=(), exit=None, confidence=None, passed=())
         ]
         if score is not None:
-            tops = score.top if ask.top_logprobs else [()] * len(score.tokens)  # pyrefly: ignore[missing-attribute]
+            tops = score.top if ask.top_logprobs else [()] * len(score.tokens)
             columns = zip(score.tokens, pieces[1:], score.logprobs, tops, score.exits, score.confidences, strict=True)
             entries += [
                 Entry(id=i, text=piece, logprob=logprob, top=top, exit=exit, confidence=confidence, passed=())

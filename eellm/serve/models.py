@@ -47,6 +47,7 @@ def make_served(name: str, model: EarlyExitLM, config: ServeConfig, *, cache_dir
         max_batch=config.max_batch,
         max_tokens=config.max_tokens,
         quantize=config.quantize,
+        compile=None if config.compile else False,
         cache_dir=cache_dir,
         workers=config.workers,
     )

@@ -238,7 +238,7 @@ class Worker:
         for job in self._jobs:
             handle = job.handle
             assert handle is not None, "it has begun"
-            new = taken(handle)
+            new = handle.take()
             if new:
                 job.times += [now] * len(new)
             if handle.finish_reason is not None:
@@ -270,14 +270,6 @@ class Worker:
         assert self._loop is not None, "start comes first"
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function, *args)
-
-
-def taken(handle: Handle) -> list[Token]:
-    """The tokens that are there, without driving the engine."""
-    new = handle._seq.new
-    tokens = list(new)
-    new.clear()
-    return tokens
 
 
 def _resolve(future: "asyncio.Future[Any]", value: Any) -> None:

@@ -16,7 +16,6 @@ from tests.worlds import tiny_tokenizer
 
 GREEDY = {"model": "tiny", "temperature": 0, "max_tokens": 12}
 CHAT = [{"role": "user", "content": "hi"}]
-needs_engine = pytest.mark.xfail(strict=True, reason="the engine doesn't tell it yet")
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +245,6 @@ def test_logprobs_of_a_chat_hold_each_token_s_bytes(client, model):
     assert spelt.decode(errors="replace").removesuffix("<|end|>") == made.message.content
 
 
-@needs_engine
 def test_top_logprobs_hold_the_likeliest_tokens(client):
     chat = client.chat.completions.create(messages=CHAT, logprobs=True, top_logprobs=3, **GREEDY).choices[0]
     for entry in chat.logprobs.content:
@@ -259,7 +257,6 @@ def test_top_logprobs_hold_the_likeliest_tokens(client):
         assert top[token] == max(top.values()) == logprob
 
 
-@needs_engine
 def test_a_report_says_where_each_token_left_and_how_sure_the_exits_before_were(client, model):
     asked = {"early_exit": {"threshold": 0.3, "report": True}}
     out = wanted(model, CHAT, method="early", threshold=0.3)
@@ -305,7 +302,6 @@ def test_echo_with_logprobs_scores_the_prompt_where_its_tokens_would_have_left(c
     assert chunks[0].choices[0].logprobs == found
 
 
-@needs_engine
 def test_echo_with_top_logprobs_says_what_the_model_would_have_said(client):
     made = client.completions.create(prompt="for x in", echo=True, logprobs=1, **{**GREEDY, "max_tokens": 0})
     found = made.choices[0].logprobs
@@ -313,7 +309,6 @@ def test_echo_with_top_logprobs_says_what_the_model_would_have_said(client):
         assert top[token] == logprob <= max(top.values())
 
 
-@needs_engine
 @pytest.mark.parametrize("penalty", ["presence_penalty", "frequency_penalty"])
 def test_penalties_reach_the_engine(client, model, penalty):
     made = client.completions.create(prompt="for x in", **{penalty: 2.0}, **GREEDY)

@@ -13,7 +13,7 @@ from eellm.infer.loop import Loop
 from eellm.infer.packed import PackedNetwork
 from eellm.infer.sampling import Sampler
 from eellm.text.tokenizer import Tokenizer
-from tests.models import tiny_model
+from tests.models import oracle, tiny_model
 from tests.worlds import sentencepiece_tokenizer, tiny_tokenizer
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -386,3 +386,35 @@ def test_lists_have_one_value_per_token_and_scores_are_scores(model):
         assert 0 <= confidence <= 1
         assert layer == 6 or confidence >= 0.4
         assert torch.tensor(logprob).exp() == pytest.approx(confidence, abs=1e-4), "greedy: the likeliest token"
+
+
+@pytest.mark.parametrize("method", ["full", "early", "speculative"])
+def test_the_likeliest_tokens_come_with_each(method):
+    model, prompt = tiny_model(seed=2), [3, 1, 4]
+    engine = eellm.Engine(model)
+    tokens = [*engine.submit(prompt, method=method, threshold=0.3, top_logprobs=4, max_new_tokens=12)]
+    text = prompt[:]
+    for token in tokens:
+        assert token.top[0] == (token.id, pytest.approx(token.logprob, abs=1e-6))
+        layer = model.config.num_layers if method == "speculative" else token.exit
+        expected = model(torch.tensor([text]))[layer][0, -1].float().log_softmax(-1).topk(4)
+        assert [id for id, _ in token.top] == expected.indices.tolist()
+        assert [logprob for _, logprob in token.top] == pytest.approx(expected.values.tolist(), abs=1e-5)
+        text.append(token.id)
+    assert all(token.top == () for token in engine.submit(prompt, max_new_tokens=3))
+
+
+@pytest.mark.parametrize("policy", ["max_prob", "gate"])
+def test_exits_that_were_not_sure_come_with_each_token(policy):
+    model = tiny_model(seed=2)
+    thresholds = dict.fromkeys(model.config.exit_layers, 0.5)
+    tokens = [*eellm.Engine(model).submit([3, 1, 4], method="early", threshold=0.5, policy=policy, max_new_tokens=24)]
+    text = [3, 1, 4]
+    for token in tokens:
+        assert [layer for layer, _ in token.passed] == [layer for layer in thresholds if layer < token.exit]
+        for layer, score in token.passed:
+            ((_, _, _, expected),) = oracle(model, text, num_tokens=1, thresholds={layer: 0.0}, policy=policy)
+            assert score == pytest.approx(expected, abs=1e-6)
+            assert score < 0.5
+        text.append(token.id)
+    assert len({token.exit for token in tokens}) > 2

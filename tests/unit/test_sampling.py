@@ -215,3 +215,33 @@ def test_torch_s_own_generator_is_neither_read_nor_moved():
         outs.append(eellm.generate(model, [PROMPT], max_new_tokens=5, sampling=sampling)[0].tokens)
         assert torch.equal(torch.get_rng_state(), before)
     assert outs[0] == outs[1]
+
+
+def test_penalties_on_what_was_said_are_openais():
+    sampling = eellm.Sampling(presence_penalty=0.5, frequency_penalty=0.25)
+    sampler, logits = Sampler(sampling, PROMPT, torch.device("cpu")), torch.tensor(LOGITS)
+    assert not sampler.takes_likeliest
+    expected = np.array(LOGITS)
+    for _ in range(20):
+        token = sampler.draw(logits)
+        assert token == int(np.argmax(expected)), "the prompt's tokens aren't penalised"
+        expected[token] -= 0.25 + (0.5 if expected[token] == np.float64(LOGITS[token]) else 0)
+    drawn = Sampler(eellm.Sampling(temperature=1.0, presence_penalty=0.5, frequency_penalty=0.25), [], logits.device)
+    drawn.accept(3)
+    lowered = np.array(LOGITS) - np.array([0, 0, 0, 0.5 + 2 * 0.25, 0.75, 0, 0, 0, 0, 0])
+    np.testing.assert_allclose(drawn.probabilities(logits, [3, 4]).numpy(), softmax(lowered), rtol=1e-5)
+
+
+def test_penalties_below_0_make_what_was_said_likelier():
+    model = tiny_model()
+    options = {"max_new_tokens": 20, "ignore_eos": True, "method": "full"}
+    (plain,) = eellm.generate(model, [PROMPT], **options)
+    (same,) = eellm.generate(model, [PROMPT], sampling=eellm.Sampling(presence_penalty=-100.0), **options)
+    assert len(set(same.tokens)) == 1 < len(set(plain.tokens))
+
+
+@pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "much"])
+def test_penalties_that_are_no_numbers_are_refused(name, value):
+    with pytest.raises(eellm.ConfigError, match=name):
+        eellm.Sampling(**{name: value})

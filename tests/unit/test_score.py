@@ -105,3 +105,18 @@ def test_of_a_pair_the_continuation_is_scored_given_the_context():
 def test_what_can_not_be_scored_is_refused(text, fields, error, message):
     with eellm.Engine(MODEL) as engine, pytest.raises(error, match=message):
         engine.score([text], **fields)
+
+
+def test_the_likeliest_tokens_of_each_place_are_told_where_they_are_asked_for():
+    engine = eellm.Engine(MODEL)
+    (plain,) = engine.score([TEXT], threshold=0.4)
+    (score,) = engine.score([TEXT], threshold=0.4, top_logprobs=3)
+    assert score.logprobs == plain.logprobs
+    assert plain.top == [()] * len(plain.tokens)
+    logits = {layer: value[0].float() for layer, value in MODEL(torch.tensor([TEXT])).items()}
+    for i, (exit, top) in enumerate(zip(score.exits, score.top, strict=True)):
+        expected = logits[exit][i].log_softmax(-1).topk(3)
+        assert [id for id, _ in top] == expected.indices.tolist()
+        assert [logprob for _, logprob in top] == pytest.approx(expected.values.tolist(), abs=1e-5)
+    (end,) = engine.score([(TEXT[:20], TEXT[20:])], threshold=0.4, top_logprobs=3)
+    assert end.top == score.top[19:]

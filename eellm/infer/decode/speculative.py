@@ -82,16 +82,17 @@ class Speculative:
             correction = None
             if len(readings) > len(self.drafts):  # the last row drafted nothing
                 correction = self._own(seq, readings[len(self.drafts)])
+        seq.unsure = []
         if not seq.is_prompt:
             self._record(seq, num_right)
         seq.crop(seq.passed[0] - len(readings) + min(num_right + 1, len(readings)))
         for draft, reading in zip(self.drafts[:num_right], readings, strict=False):
             seq.sampler.accept(draft.token)
-            seq.emit(draft.token, draft.layer, reading.score, reading.logprob_of(draft.token))
+            seq.emit(draft.token, draft.layer, reading)
         if correction is not None:
             reading = readings[num_right]
             seq.sampler.accept(correction)
-            seq.emit(correction, reading.layer, reading.score, reading.logprob_of(correction))
+            seq.emit(correction, reading.layer, reading)
         self._begin(seq)
 
     def _judge(self, seq: Served, draft: Draft, reading: Reading, index: int) -> int | None:

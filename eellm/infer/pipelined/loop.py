@@ -157,7 +157,7 @@ class PipelinedLoop(Loop):
 
     def _entry(self, seq: Served, end: int) -> Entry:
         """The sequence's rows leave."""
-        count, progress = seq.num_waiting(end), self._progress(seq)
+        count, progress, options = seq.num_waiting(end), self._progress(seq), seq.request.options
         num_readings = 0 if self._is_cut(seq) else min(count, seq.decode.num_readings(seq) - progress.asked)
         tested = {} if seq.pending else seq.decode.exits(seq)
         is_judged = isinstance(seq.decode, Speculative)
@@ -167,10 +167,10 @@ class PipelinedLoop(Loop):
             slot=seq.slot,
             before=seq.passed[-1],
             count=count,
-            policy=seq.request.options.policy,
+            policy=options.policy,
             num_readings=num_readings,
             is_judged=is_judged,
-            wants_logits=not seq.sampler.takes_likeliest or seq.request.options.typical > 0,
+            wants_logits=not seq.sampler.takes_likeliest or options.typical > 0 or options.top_logprobs > 0,
             exits={n: tested.get(n, e.NEVER) for n in seq.decode.exits_in_use if n > self.boundary},
         )
         seq.waiting[end] = []
