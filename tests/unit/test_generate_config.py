@@ -51,6 +51,8 @@ def test_options_of_generation_that_make_no_sense_are_refused(changes, message):
         ("top_p", [-0.1, 1.1, math.nan, math.inf, False, "0.5", None]),
         ("min_p", [-0.1, 1.1, math.nan, math.inf, False, "0.5", None]),
         ("repetition_penalty", [0, -1.0, math.nan, math.inf, True, "1.1", None]),
+        ("presence_penalty", [math.nan, math.inf, True, "1", None]),
+        ("frequency_penalty", [math.nan, -math.inf, True, "1", None]),
         ("seed", [-1, 2**64, 0.5, True, "7"]),
     ],
 )
@@ -67,6 +69,8 @@ def test_every_field_of_sampling_has_its_refusals_tested():
         "top_p",
         "min_p",
         "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
         "seed",
     }
     Sampling(temperature=2, top_k=np.int64(3), top_p=0, min_p=1, repetition_penalty=0.5, seed=2**64 - 1)

@@ -333,7 +333,8 @@ def test_tokens_that_leave_earlier_make_no_method_slower(case, data):
     moved = shares[layers[late]] * data.draw(st.floats(0, 1))
     changed = shares | {layers[early]: shares[layers[early]] + moved, layers[late]: shares[layers[late]] - moved}
     before, after = (speeds(costs, each, num_steps=1000) for each in (shares, changed))
-    assert after["recomputation"].step_s <= before["recomputation"].step_s * (1 + 1e-9)
+    # NOTE not exactly: deep passes then take more rows along, and few passes of many rows can cost more
+    assert after["recomputation"].step_s <= before["recomputation"].step_s * 1.01
     assert after["pipelined"].step_s <= before["pipelined"].step_s * 1.01  # up to where the time begins and ends
 
 
