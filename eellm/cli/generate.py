@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from eellm.infer.result import Token
 
 
+TOKEN_FIELDS = ("id", "text", "exit", "confidence", "logprob")
+"""Of a token, in `--json`."""
+
+
 @dataclass(frozen=True)
 class Options:
     """Continues a prompt. The text goes to stdout as it is made, the exits and what they saved to stderr."""
@@ -117,7 +121,7 @@ def as_json(run: "Handle", tokens: list["Token"]) -> dict[str, Any]:
     """The contract of `--json`: text, tokens, stats."""
     return {
         "text": "".join(token.text for token in tokens),
-        "tokens": [asdict(token) for token in tokens],
+        "tokens": [{name: getattr(token, name) for name in TOKEN_FIELDS} for token in tokens],
         "stats": asdict(run.stats()),
         "finish_reason": run.finish_reason,
     }
