@@ -96,7 +96,7 @@ def test_logits_are_those_of_torch_in_float64(name):
     assert isinstance(network, NativeNetwork)
     expected = final_logits(PackedNetwork(exact), tokens, [40])
     for layer, logits in final_logits(network, tokens, [25, 1, 14]).items():
-        torch.testing.assert_close(logits.double(), expected[layer].double(), atol=2e-3, rtol=1e-3)
+        torch.testing.assert_close(logits.double(), expected[layer].double(), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])

@@ -15,11 +15,10 @@ static inline void attend_to(const float* q, const float* keys, const float* val
         scores[s] = sum(dot) * scale;
         top = scores[s] > top ? scores[s] : top;
     }
-    for (int64_t s = count; s % 16; s++) scores[s] = -INFINITY;
+    for (int64_t s = count; s % 16; s++) scores[s] = -INFINITY;  // as good as 0 in the sum, which is at least 1
     v16 total = {};
     for (int64_t s = 0; s < count; s += 16) {
         v16 weight = exp(load(scores + s) - top);
-        for (int64_t i = count - s; i < 16; i++) weight[i] = 0;
         store(scores + s, weight);
         total += weight;
     }
