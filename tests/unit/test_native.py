@@ -87,7 +87,7 @@ ARCHITECTURES = {
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.inference_mode()
-def test_logits_are_those_of_torch_in_float64(name):
+def test_logits_are_as_near_float64_s_as_torch_s_in_float32(name):
     tokens = [int(t) for t in random(40, seed=3).abs().mul(1000).long() % 29]
     exact = native_model(dtype="float64", **ARCHITECTURES[name])
     model = native_model(**ARCHITECTURES[name])
@@ -95,8 +95,10 @@ def test_logits_are_those_of_torch_in_float64(name):
     network = make_network(model, compile=True)
     assert isinstance(network, NativeNetwork)
     expected = final_logits(PackedNetwork(exact), tokens, [40])
+    by_torch = final_logits(PackedNetwork(model), tokens, [40])
     for layer, logits in final_logits(network, tokens, [25, 1, 14]).items():
-        torch.testing.assert_close(logits.double(), expected[layer].double(), atol=1e-4, rtol=1e-4)
+        error, torch_error = ((x.double() - expected[layer]).abs().max() for x in (logits, by_torch[layer]))
+        assert error < 2.5 * torch_error
 
 
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
