@@ -43,6 +43,7 @@ PROMPTS = (
     "The whale",
     "Our relations with other nations",
 )
+PEERS = {"transformers serve": [], "transformers serve, batching": ["--continuous-batching"]}
 START_S = 120
 
 
@@ -70,10 +71,10 @@ def main() -> None:
         with serving([sys.executable, "-m", "eellm", "serve", options.model, "--port", "{port}"], "/ready") as url:
             results.append(asyncio.run(load(url, "eellm", None, clients, options, expected)))
         results.append(bare(model, clients, options))
-        if options.peers:
-            command = [options.peers, "-m", "transformers.cli.transformers", "serve", options.model, "--port", "{port}"]
-            with serving(command, "/health") as url:
-                results.append(asyncio.run(load(url, "transformers serve", options.model, clients, options, None)))
+        for name, flags in PEERS.items() if options.peers else ():
+            command = [str(Path(options.peers).with_name("transformers")), "serve", options.model, *flags]
+            with serving([*command, "--port", "{port}", "--dtype", "float32", "--device", "cpu"], "/health") as url:
+                results.append(asyncio.run(load(url, name, options.model, clients, options, None)))
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps([summary(result) for result in results], indent=2) + "\n")
     Console(width=150).print(table(results, options))
@@ -97,7 +98,7 @@ def answer(model: Any, prompt: str, num_tokens: int) -> str:
 
 @contextmanager
 def serving(command: Sequence[str], ready: str) -> Iterator[str]:
-    """A server's URL, once it answers."""
+    """A server's URL, once it answers. `{port}` in the command becomes a free one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
