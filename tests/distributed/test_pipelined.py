@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import eellm
 from eellm.errors import ConfigError, WorkerError
 from eellm.infer.pipelined.start import stages_of
-from tests.models import EXITS, tiny_config, tiny_model
+from tests.models import EXITS, needs_compiler, tiny_config, tiny_model
 from tests.traffic import LONG, events
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +66,7 @@ def test_pipelined_gives_the_tokens_exits_and_log_probabilities_of_early(engine,
         assert_same(out, expected)
 
 
+@needs_compiler
 @pytest.mark.parametrize("workers", [2, 3])
 def test_with_kernels_of_our_own_workers_give_the_very_bits_of_one_process(workers):
     model = tiny_model(seed=5, dtype="float32", head_dim=16)

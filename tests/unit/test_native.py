@@ -16,7 +16,9 @@ from eellm.infer.native.network import KERNELS_DIR, NativeNetwork
 from eellm.infer.packed import PackedNetwork
 from eellm.infer.prepare import make_network
 from eellm.infer.quantize import round_weight
-from tests.models import EXITS, tiny_config, tiny_model
+from tests.models import EXITS, needs_compiler, tiny_config, tiny_model
+
+pytestmark = needs_compiler
 
 SIZES = {"hidden_size": 72, "intermediate_size": 100, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
 
