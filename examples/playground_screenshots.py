@@ -19,7 +19,7 @@ FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --hide-scrollbars"
 ).split()
-SHOTS = {"light": (1180, 1130), "dark": (1180, 1130), "phone": (390, 844)}
+SHOTS = {"light": (1120, 1180), "dark": (1120, 1180), "phone": (390, 844)}
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 // What is counted of an answer. Pure: nothing here knows of the page or of the server.
 
+const LEAST_MS = 100; // what came within less says nothing about speed: the network bundles it
+
 /** One answer while it is made, and after. */
 export class Run {
   constructor(title, body, numLayers) {
@@ -20,10 +22,13 @@ export class Run {
     return this.tokens.map((token) => token.text).join("");
   }
 
-  /** Tokens a second after the first ones, which waited for the prompt; null: too few to tell. */
+  /** Tokens a second after the first, as the server measured; before that, as they came. null: too few to tell. */
   get tokensPerSecond() {
+    const decode = this.usage?.early_exit?.decode_s;
+    if (this.usage) return decode && this.tokens.length > 1 ? (this.tokens.length - 1) / decode : null;
     const later = this.tokens.length - this.numFirst;
-    return later > 0 && this.lastMs > this.firstMs ? (later * 1000) / (this.lastMs - this.firstMs) : null;
+    const spentMs = this.lastMs - this.firstMs;
+    return later > 0 && spentMs > LEAST_MS ? (later * 1000) / spentMs : null;
   }
 
   get meanExit() {

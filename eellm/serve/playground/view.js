@@ -17,10 +17,10 @@ const quoted = (text) => `“${text.replaceAll("\n", "↵")}”`;
 export const fixed = (number, digits) => (number === null ? "–" : number.toFixed(digits));
 export const percent = (share) => (share === null ? "–" : `${Math.round(share * 100)} %`);
 
-/** Exits by order, not by layer, so that neighbours are told apart however close they are. */
-export function depthOf(layer, layers) {
+/** Exits by order, not by layer, so that neighbours are told apart however close they are. The last layer is none of them. */
+function depthOf(layer, layers) {
   const place = layers.indexOf(layer);
-  return place < 0 || layers.length < 2 ? 1 : place / (layers.length - 1);
+  return place < 0 || layers.length < 3 ? 0 : Math.min(1, place / (layers.length - 2));
 }
 
 function paint(element, layer, layers) {
@@ -42,7 +42,8 @@ export class Tokens {
 
   add(tokens) {
     for (const token of tokens) {
-      const shown = token.text || "◌";
+      const space = /^ +(?=\S)/.exec(token.text)?.[0] ?? ""; // beside the token, else it hangs over the line's end
+      const shown = token.text.slice(space.length) || "◌";
       const span = made("span", { className: "token", role: "option", textContent: shown });
       span.tabIndex = this.tokens.length ? -1 : 0;
       span.dataset.exit = token.exit;
@@ -50,7 +51,7 @@ export class Tokens {
       span.classList.toggle("unseen", token.text === "");
       span.classList.toggle("newline", token.text.includes("\n"));
       paint(span, token.exit, this.layers);
-      this.element.append(span);
+      this.element.append(space, span);
       this.tokens.push(token);
       this.#label(this.tokens.length - 1, false);
     }
