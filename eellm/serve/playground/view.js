@@ -139,7 +139,7 @@ export function showHistogram(rows, layers) {
 export function showNumbers(run) {
   byId("speed").textContent = fixed(run?.tokensPerSecond ?? null, 0);
   byId("mean-exit").textContent = fixed(run?.meanExit ?? null, 1);
-  byId("mean-exit-of").textContent = run ? `of ${run.numLayers} layers` : "";
+  byId("mean-exit-of").textContent = run ? `of ${run.numLayers}` : "";
   byId("saved").textContent = percent(run?.saved ?? null);
   byId("count").textContent = String(run?.tokens.length ?? 0);
 }
