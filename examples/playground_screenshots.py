@@ -28,7 +28,7 @@ FLAGS = [
     "--disable-sync",
     "--hide-scrollbars",
 ]
-SHOTS = {"light": (1120, 1360), "dark": (1120, 1360), "phone": (390, 844)}
+SHOTS = {"light": (1120, 1430), "dark": (1120, 1430), "phone": (390, 844)}
 
 
 @contextmanager

@@ -131,7 +131,7 @@ export function showHistogram(rows, layers) {
   byId("exits-list").replaceChildren(
     ...rows.map(({ layer, count, share }) => {
       const label = layer === layers.at(-1) ? `All ${layer}` : `Layer ${layer}`;
-      return bar(label, share, String(count), percent(share), layer, layers);
+      return bar(label, share, `${count} ·`, percent(share), layer, layers);
     }),
   );
 }
