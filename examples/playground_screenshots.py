@@ -71,6 +71,8 @@ def shoot(driver: Chrome, url: str, name: str, path: Path) -> None:
     driver.get(url)
     wait = WebDriverWait(driver, 60)
     wait.until(lambda _: driver.find_element(By.ID, "generate").is_enabled())
+    slider = "threshold.value = 0.2; threshold.dispatchEvent(new Event('input'))"  # low, for more exits to be seen
+    driver.execute_script(slider)
     if name != "phone":
         driver.find_element(By.ID, "compare").click()
     for _ in range(2):  # the first time things are still cold
