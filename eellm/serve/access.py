@@ -16,10 +16,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from eellm.config.serve import ServeConfig
 from eellm.errors import ConfigError
 from eellm.serve.observe import note, send_json
+from eellm.serve.page import FILES
 from eellm.serve.refusals import Refusal
 
-OPEN = "/health"
-"""The one path that never wants a key."""
+OPEN = frozenset({"/health", *FILES})
+"""The paths that never want a key."""
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -88,7 +89,7 @@ class Gate:
             # else a web page whose name was made to point here could read the answers
             message = "this server isn't known by that name; see allowed_hosts"
             raise Refusal(403, message, code="unknown_host")
-        if self.keys is not None and scope["path"] != OPEN:
+        if self.keys is not None and scope["path"] not in OPEN:
             owner = self.keys.owner(headers.get(b"authorization", b""))
             if owner is None:
                 message = "a valid API key is needed: Authorization: Bearer KEY"

@@ -6,7 +6,7 @@ Observed (log, metrics, 500) → CORS where asked for → Gate (keys, hosts, siz
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, get_args
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -15,6 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 import eellm
+from eellm.config.infer import Method
 from eellm.config.serve import ServeConfig
 from eellm.errors import EellmError, did_you_mean
 from eellm.serve.access import Gate, Keys
@@ -23,8 +24,9 @@ from eellm.serve.ask import make_ask
 from eellm.serve.metrics import Meters
 from eellm.serve.models import Served
 from eellm.serve.observe import Observed, note, noted
+from eellm.serve.page import FILES, add_playground
 from eellm.serve.refusals import Refusal, dump, refusal_of
-from eellm.serve.responses import REFUSALS, ChatCompletion, Completion, ModelCard, ModelList, Status
+from eellm.serve.responses import REFUSALS, CardExits, ChatCompletion, Completion, ModelCard, ModelList, Status
 from eellm.serve.schema import ChatRequest, CompletionRequest, refusal_of_errors
 
 SCHEMAS = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest}
@@ -81,7 +83,7 @@ class Server:
         return Status(status="ok")
 
     def card(self, served: Served) -> ModelCard:
-        config = served.model.config
+        config, tokenizer = served.model.config, served.model.tokenizer
         gated = bool(config.exit_layers) and all(served.model.exit(n).gate is not None for n in config.exit_layers)
         return ModelCard(
             id=served.name,
@@ -92,6 +94,11 @@ class Server:
             num_layers=config.num_layers,
             exit_layers=list(config.exit_layers),
             policies=["max_prob", "margin", "entropy", *(["gate"] if gated else [])],
+            early_exit=CardExits(
+                methods=[name for name in get_args(Method) if name != "pipelined" or self.config.workers > 1],
+                default_method=self.config.method,
+                has_chat_template=tokenizer is not None and tokenizer.chat_template is not None,
+            ),
         )
 
 
@@ -106,6 +113,7 @@ def make_app(server: Server, keys: Keys | None) -> ASGIApp:
         responses=REFUSALS,
     )
     _add_routes(app, server)
+    add_playground(app)
     _add_refusals(app)
     paths = [path for path in app.openapi()["paths"] if "{" not in path]
     gate: ASGIApp = Gate(_Counted(app, server), server.config, keys)
@@ -116,7 +124,7 @@ def make_app(server: Server, keys: Keys | None) -> ASGIApp:
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type"],
         )
-    return Observed(gate, server.meters, [*paths, "/openapi.json"])
+    return Observed(gate, server.meters, [*paths, "/openapi.json", *FILES])
 
 
 def _add_routes(app: FastAPI, server: Server) -> None:

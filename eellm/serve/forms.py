@@ -279,7 +279,7 @@ def usage_of(ask: Ask, stats: Iterable[Stats]) -> dict[str, Any]:
         "total_tokens": ask.num_prompt_tokens + new_tokens,
     }
     if ask.report:
-        counts = ("layers_run", "layers_full", "deep_passes", "drafted", "accepted")
+        counts = ("layers_run", "layers_full", "deep_passes", "drafted", "accepted", "prefill_s", "decode_s")
         usage["early_exit"] = {name: sum(getattr(s, name) for s in stats) for name in counts}
         weighted = sum(s.mean_exit_layer * s.new_tokens for s in stats)
         usage["early_exit"]["mean_exit_layer"] = weighted / new_tokens if new_tokens else None

@@ -20,6 +20,17 @@ class Status(BaseModel):
     status: str
 
 
+class CardExits(BaseModel):
+    """What the playground needs besides."""
+
+    methods: list[str]
+    """Those that can be asked for here."""
+    default_method: str
+    """What who names none gets."""
+    has_chat_template: bool
+    """Whether chats are answered."""
+
+
 class ModelCard(BaseModel):
     id: str
     object: str
@@ -31,6 +42,7 @@ class ModelCard(BaseModel):
     exit_layers: list[int]
     """Where tokens can leave, but for the last layer."""
     policies: list[str]
+    early_exit: CardExits
 
 
 class ModelList(BaseModel):

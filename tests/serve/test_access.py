@@ -28,10 +28,10 @@ def bearer(key):
     return {"authorization": f"Bearer {key}"}
 
 
-def test_nothing_but_health_answers_without_a_key(server):
+def test_nothing_but_health_and_the_page_answers_without_a_key(server):
     paths = server.get("/openapi.json", bearer("sk-one")).json()["paths"]
     assert len(paths) >= 7
-    for path in [*paths, "/openapi.json", "/nope", "/"]:
+    for path in [*paths, "/openapi.json", "/nope", "/playground"]:
         for method in ("get", "post"):
             answer = server.get(path) if method == "get" else server.post(path, **BODY)
             if path == "/health":
