@@ -36,6 +36,8 @@ PYTHON
 body='{"model": "english", "prompt": "The Congress of", "max_tokens": 8, "temperature": 0}'
 [[ $(ask /health "") == 200* ]]
 [[ $(ask /ready "$key") == 200* ]]
+[[ $(ask / "") == 200*"<title>"* ]]
+[[ $(ask /playground/app.js "") == 200* ]]
 [[ $(ask /v1/completions "" "$body") == 401 ]]
 [[ $(ask /v1/completions "$key" "$body") == 200*'"completion_tokens":8'* ]]
 [[ $(ask /metrics "$key") == 200*eellm_generation_tokens_total* ]]
