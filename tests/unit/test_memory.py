@@ -1,5 +1,6 @@
 """Predicted parameters and bytes against the model's own, and against what torch allocates on this machine."""
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -72,6 +73,7 @@ def test_the_stages_parameters_add_up_to_the_model_s_and_the_copies_of_what_is_t
 
 def allocated(run):
     """Bytes that are alive after `run` beside those before, and the peak of them."""
+    gc.collect()  # what was garbage before must not be freed within
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = run()
     live = peak = 0
