@@ -6,6 +6,7 @@ Plain dicts, made once per hand-over: nothing here is validated, the contract is
 import math
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii
@@ -70,7 +71,7 @@ def entry_of(token: Token, ask: Ask) -> Entry:
     )
 
 
-class Form:
+class Form(ABC):
     """One request's answer. `Completions` and `Chats` say what a choice looks like."""
 
     prefix: str
@@ -92,17 +93,17 @@ class Form:
     def last_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
         return self._envelope(1, []) | {"usage": usage}
 
+    @abstractmethod
     def choice(self, index: int, tokens: Sequence[Token], finish: str | None) -> dict[str, Any]:
         """A whole choice."""
-        raise NotImplementedError
 
+    @abstractmethod
     def delta(self, index: int, tokens: Sequence[Token], finish: str | None) -> dict[str, Any] | None:
         """What `tokens` add to a choice; None: nothing that can be seen."""
-        raise NotImplementedError
 
+    @abstractmethod
     def delta_of(self, index: int, text: str) -> dict[str, Any]:
         """Text alone."""
-        raise NotImplementedError
 
     def event(self, index: int, tokens: Sequence[Token], finish: str | None) -> bytes:
         """A server-sent event with what `tokens` add to a choice; empty: nothing that can be seen.

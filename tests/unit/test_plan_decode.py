@@ -333,9 +333,18 @@ def test_tokens_that_leave_earlier_make_no_method_slower(case, data):
     moved = shares[layers[late]] * data.draw(st.floats(0, 1))
     changed = shares | {layers[early]: shares[layers[early]] + moved, layers[late]: shares[layers[late]] - moved}
     before, after = (speeds(costs, each, num_steps=1000) for each in (shares, changed))
-    # NOTE not exactly: deep passes then take more rows along, and few passes of many rows can cost more
-    assert after["recomputation"].step_s <= before["recomputation"].step_s * 1.01
+    if late < len(layers) - 1:  # who no longer goes to the end lets rows pile up until they are forced: see below
+        assert after["recomputation"].step_s <= before["recomputation"].step_s * (1 + 1e-9)
     assert after["pipelined"].step_s <= before["pipelined"].step_s * 1.01  # up to where the time begins and ends
+
+
+def test_fewer_tokens_that_go_to_the_end_can_cost_more_where_rows_are_forced():
+    passes = []
+    for shares in ((0.8, 0.0, 0.2), (0.8, 0.19, 0.01)):  # they leave behind the second segment instead
+        found = rows_of_sequence(shares[0], shares[-1], 5)
+        assert found == pytest.approx(stationary_rows(shares, 5)[1], abs=1e-9), "the chain says so too"
+        passes.append(found[1:].sum())
+    assert passes[1] > passes[0] * 1.1, "forced rows go through the second segment, whose exit they had left before"
 
 
 @settings(max_examples=40, deadline=None)
