@@ -53,6 +53,8 @@ class Options:
     """Most tokens drafted at a time under `speculative`."""
     lookup: bool = True
     """Under `speculative`, draft what followed the same words earlier."""
+    always_draft: bool = False
+    """Under `speculative`, draft also where plain decoding is measured to be faster."""
     typical: float = 0.0
     """Above 0, `speculative` also takes drafts with this share of the likeliest token's probability: not lossless."""
     quantize: Literal["int8", "int4"] | None = None
@@ -155,6 +157,7 @@ def _config(options: Options) -> GenerateConfig:
         max_deferred=options.max_deferred,
         max_draft=options.max_draft,
         lookup=options.lookup,
+        always_draft=options.always_draft,
         typical=options.typical,
         sampling=sampling,
         stop=options.stop,

@@ -73,6 +73,8 @@ class GenerateConfig:
     """Under `speculative`, most tokens that are drafted before they are judged; how many is chosen as it goes."""
     lookup: bool = True
     """Under `speculative`, draft what followed the same words earlier, where there are any."""
+    always_draft: bool = False
+    """Under `speculative`, draft in every round, also where plain decoding is faster by the measured costs."""
     typical: float = 0.0
     """Under `speculative`, above 0: a draft is also right if its final probability is at least this share of the
     likeliest one's. Faster, and no longer lossless."""

@@ -43,7 +43,9 @@ def test_lossless_methods_write_full_depth_s_tokens_and_keep_what_was_measured(d
         texts[method] = [token["id"] for token in json.loads(out)["tokens"]]
     assert texts["speculative"] == texts["auto"] == texts["full"]
     assert [path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()] == ["costs"]
-    code, out, _ = run(*common, "--method", "speculative", "--no-lookup", "--max-draft", 2, "--threshold", 0.1)
+    code, out, _ = run(
+        *common, "--method", "speculative", "--always-draft", "--no-lookup", "--max-draft", 2, "--threshold", 0.1
+    )
     assert [token["id"] for token in json.loads(out)["tokens"]] == texts["full"]
     assert json.loads(out)["stats"]["drafted"] > 0
 

@@ -72,9 +72,9 @@ def test_with_kernels_of_our_own_workers_give_the_very_bits_of_one_process(worke
     model = tiny_model(seed=5, dtype="float32", head_dim=16)
     options = {"threshold": 0.4, "max_new_tokens": 20}
     with eellm.Engine(model, compile=True) as alone, eellm.Engine(model, compile=True, workers=workers) as engine:
-        for method in ("early", "speculative"):
-            reference = alone.generate(PROMPTS, method=method, **options)
-            for out, expected in zip(engine.generate(PROMPTS, method=method, **options), reference, strict=True):
+        for fields in ({"method": "early"}, {"method": "speculative", "always_draft": True}):
+            reference = alone.generate(PROMPTS, **fields, **options)
+            for out, expected in zip(engine.generate(PROMPTS, **fields, **options), reference, strict=True):
                 assert (out.tokens, out.logprobs) == (expected.tokens, expected.logprobs)
         reference = alone.generate(PROMPTS, method="early", **options)
         for out, expected in zip(engine.generate(PROMPTS, method="pipelined", **options), reference, strict=True):
@@ -85,6 +85,7 @@ requests = st.fixed_dictionaries(
     {
         "method": st.sampled_from(["full", "early", "pipelined", "speculative"]),
         "threshold": st.sampled_from([0.0, 0.2, 0.4, 0.7]),
+        "always_draft": st.booleans(),
         "max_new_tokens": st.integers(1, 14),
         "max_deferred": st.sampled_from([1, 2, 16]),
         "policy": st.sampled_from(["max_prob", "gate", "margin"]),

@@ -51,6 +51,7 @@ requests = st.fixed_dictionaries(
         "max_deferred": st.sampled_from([1, 2, 5, 16]),
         "policy": st.sampled_from(["max_prob", "gate", "margin"]),
         "max_draft": st.sampled_from([1, 3, 8]),
+        "always_draft": st.booleans(),
         "lookup": st.booleans(),
     }
 )
@@ -80,7 +81,7 @@ def test_requests_that_come_go_and_are_cancelled_at_random_get_the_oracle_s_toke
 
 def test_a_batch_of_ragged_prompts_with_mixed_methods_equals_each_alone():
     options = [
-        {"method": method, "threshold": threshold, "max_new_tokens": 20}
+        {"method": method, "threshold": threshold, "max_new_tokens": 20, "always_draft": True}
         for method in ("full", "early", "speculative")
         for threshold in (0.1, 0.3, 0.6)
     ]
@@ -219,7 +220,11 @@ def test_ten_thousand_requests_leave_nothing_behind():
     with eellm.Engine(model, max_batch=16) as engine:
 
         def serve(numbers):
-            options = ({"method": "early", "threshold": 0.1}, {"method": "full"}, {"method": "speculative"})
+            options = (
+                {"method": "early", "threshold": 0.1},
+                {"method": "full"},
+                {"method": "speculative", "always_draft": True},
+            )
             prompts = [[n % 29, n // 29 % 29, n // 841 % 29, *([n % 7] * (n % 30))] for n in numbers]
             handles = [
                 engine.submit(p, max_new_tokens=1 + n % 3, **options[n % 3])

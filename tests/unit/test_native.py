@@ -149,7 +149,9 @@ def test_answers_are_those_of_the_policies(vocab_size):
             assert scores == pytest.approx([float(score(row.double())) for score in SCORES.values()], abs=2e-5)
 
 
-@pytest.mark.parametrize("fields", [{"method": "early"}, {"method": "speculative"}, {"method": "full"}])
+@pytest.mark.parametrize(
+    "fields", [{"method": "early"}, {"method": "speculative", "always_draft": True}, {"method": "full"}]
+)
 def test_an_engines_answers_are_the_same_to_the_last_bit_alone_and_beside_others(fields):
     model = native_model(seed=6)
     prompts = [[int(t) for t in random(n, seed=n).abs().mul(1000).long() % 29] for n in (3, 17, 40, 5, 9)]

@@ -33,7 +33,7 @@ OPTIONS = {
     "generate": """
         model prompt adapter chat max-new-tokens method policy threshold exits max-deferred
         temperature top-k top-p min-p repetition-penalty seed stop ignore-eos dtype device json
-        max-draft lookup typical quantize compile workers
+        max-draft lookup always-draft typical quantize compile workers
     """,
     "bench": "model adapter tokens rounds batch threshold quantized out dtype device",
     "evaluate": """

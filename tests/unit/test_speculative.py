@@ -21,7 +21,8 @@ def priced(model):
 
 
 def greedy(model, prompt=PROMPT, num_tokens=40, **options):
-    (out,) = eellm.generate(model, [prompt], max_new_tokens=num_tokens, method="speculative", **options)
+    fields = {"always_draft": True} | options
+    (out,) = eellm.generate(model, [prompt], max_new_tokens=num_tokens, method="speculative", **fields)
     return out
 
 
@@ -133,7 +134,7 @@ def test_sampled_tokens_have_full_depth_s_distribution(options, sampling):
     with eellm.Engine(model, max_batch=16) as engine:
         for start in range(0, num_draws, 16):
             draws = [eellm.Sampling(**sampling, seed=seed) for seed in range(start, start + 16)]
-            fields = options | {"method": "speculative", "max_new_tokens": 4}
+            fields = options | {"method": "speculative", "always_draft": True, "max_new_tokens": 4}
             for handle in [engine.submit(prompt, sampling=draw, **fields) for draw in draws]:
                 out = handle.result()
                 counts[out.tokens[2]] += 1

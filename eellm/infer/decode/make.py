@@ -30,7 +30,7 @@ class Methods:
                 request.tokens,
                 max_draft=options.max_draft,
                 lookup=options.lookup,
-                is_guarded=options.method == "auto",
+                is_guarded=options.method == "auto" or not options.always_draft,
             )
             return Speculative(request.thresholds, drafting, max_deferred=options.max_deferred, typical=options.typical)
         if options.method == "auto" and request.thresholds:
