@@ -8,6 +8,7 @@ What a sequence gets never depends on its neighbours but for rounding.
 Shapes: N rows of the pass, D hidden.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor
 from eellm.infer.asking import ask, rows_of, through_own_layer
 from eellm.infer.attention import PassRows, Span
 from eellm.infer.memory import Memory
-from eellm.infer.network import Network
-from eellm.infer.readout import Reading, read
+from eellm.infer.network import Heard, Leg, Network
+from eellm.infer.readout import Reading, read, readings_of
 from eellm.infer.rows import Piece, gather
 from eellm.infer.scheduler import Scheduler, StepPlan
 from eellm.infer.sequence import Sequence as Served
@@ -43,6 +44,13 @@ class Loop:
     @torch.inference_mode()
     def run(self, plan: StepPlan, tick: int) -> None:
         """One tick."""
+        if plan.goes_on and self._can_walk(plan.sequences[0]):
+            self._walk(plan.sequences[0], plan, tick)
+        else:
+            self._pass(plan, tick)
+
+    def _pass(self, plan: StepPlan, tick: int) -> None:
+        """Rows of any sequences, to one stop."""
         stop, sequences = plan.stop, plan.sequences
         if stop == 0:
             entering = [seq.enter(num) for seq, num in zip(sequences, plan.num_enter, strict=True)]
@@ -75,6 +83,85 @@ class Loop:
             self._at_exit(self.stops[last], h_ND, rows, sequences)
         else:
             self._at_end(h_ND, sequences, counts)
+
+    def _can_walk(self, seq: Served) -> bool:
+        return seq.request.options.policy != "gate" and not seq.decode.exits_in_use & self.own_layer
+
+    def _walk(self, seq: Served, plan: StepPlan, tick: int) -> None:
+        """A sequence's rows, until an exit answers the newest one or the end is reached; those that wait on the way
+        join. The same as a pass to every stop, in one call of the network."""
+        stop = plan.stop
+        if stop == 0:
+            moving_ND = self.network.embed(seq.enter(plan.num_enter[0]))
+            moving = [Piece(moving_ND, 0, len(moving_ND))]
+        else:
+            moving, seq.waiting[stop - 1] = seq.waiting[stop - 1], []
+        ends = self._ends_of_legs(stop, seq)
+        waiting = [seq.waiting[end] for end in ends[:-1]]
+        h_ND = gather([*(piece for pieces in reversed(waiting) for piece in pieces), *moving])
+        end_row = seq.passed[stop] + sum(piece.end - piece.start for piece in moving)
+        legs, span = self._legs(seq, ends, end_row), Span(seq.slot, end_row - len(h_ND), len(h_ND))
+        done = 0 if stop == 0 else self.stops[stop - 1]
+        h_ND, heard = self.network.walk(h_ND, done, legs, span, self.memory, seq.request.options.policy)
+        last = ends[len(heard) - 1]
+        for i in range(stop, last + 1):
+            seq.passed[i] = end_row
+        for end in ends[: len(heard) - 1]:
+            seq.waiting[end] = []
+        seq.ready_since = tick
+        seq.work.layers += self.stops[last] - done
+        if last + 1 < len(self.stops):
+            seq.waiting[last].append(Piece(h_ND, legs[len(heard) - 1].start, len(h_ND)))
+            seq.frontier = last + 1
+        else:
+            seq.frontier = None
+            seq.work.deep_passes += 1
+        for end, said in zip(ends, heard, strict=False):
+            if said is not None:
+                self._take_answer(seq, end, said)
+
+    def _legs(self, seq: Served, ends: Sequence[int], end_row: int) -> list[Leg]:
+        legs, start = [], 0
+        for end in reversed(ends):
+            layer = self.stops[end]
+            if layer == self.stops[-1]:
+                is_cut = end_row < len(seq.request.tokens)
+                num_asked, threshold = 0 if is_cut else seq.decode.num_readings(seq), math.inf
+            else:
+                start += sum(piece.end - piece.start for piece in seq.waiting[end])
+                is_tested = self._is_tested(seq, layer)
+                num_asked, threshold = (1, seq.decode.exits(seq)[layer]) if is_tested else (0, math.inf)
+            legs.append(Leg(last=layer, start=start, num_asked=num_asked, threshold=threshold))
+        return legs[::-1]
+
+    def _take_answer(self, seq: Served, end: int, said: Heard) -> None:
+        """What the head at a stop said of the newest rows of a walk, which ended there if it is sure."""
+        layer, policy = self.stops[end], seq.request.options.policy
+        readings = readings_of(layer, said.logits_NV, said.answers, [policy] * len(said.answers))
+        seq.work.count_head(layer)
+        if end + 1 == len(self.stops):
+            seq.decode.at_end(seq, readings)
+        elif readings[0].score < seq.decode.exits(seq)[layer]:
+            seq.unsure.append((layer, readings[0].score))
+            self.scheduler.heard(end, 1, 0)
+        else:
+            self.scheduler.heard(end, 1, int(self._at_rest(seq, readings[0])))
+
+    def _at_rest(self, seq: Served, reading: Reading) -> bool:
+        """An exit is sure of a sequence's newest row: whether that puts off the rest of its way."""
+        # the rest of the prompt's way, and of too many that wait, can't be put off
+        can_rest = not seq.is_prompt and seq.num_deferred <= seq.decode.max_deferred
+        if not (seq.decode.at_exit(seq, reading) and can_rest):
+            return False
+        seq.frontier = None
+        return True
+
+    def _ends_of_legs(self, stop: int, seq: Served) -> list[int]:
+        """Indices of the stops on its way where it has business, and of the last one."""
+        ends = [self._through(stop, (seq,))]
+        while ends[-1] + 1 < len(self.stops):
+            ends.append(self._through(ends[-1] + 1, (seq,)))
+        return ends
 
     def _through(self, stop: int, sequences: Iterable[Served]) -> int:
         """The stop to run to: beyond `stop` where nobody has business there."""
@@ -112,12 +199,7 @@ class Loop:
             tested[i][0].unsure.append((layer, score))
         num_over = 0
         for i, reading in sure.items():
-            seq = tested[i][0]
-            # the rest of the prompt's way, and of too many that wait, can't be put off
-            can_rest = not seq.is_prompt and seq.num_deferred <= seq.decode.max_deferred
-            if seq.decode.at_exit(seq, reading) and can_rest:
-                seq.frontier = None
-                num_over += 1
+            num_over += self._at_rest(tested[i][0], reading)
         self.scheduler.heard(self.stops.index(layer), len(tested), num_over)
 
     def _through_own(self, layer: int, h_ND: Tensor, rows: PassRows, sequences: Sequence[Served]) -> Tensor:

@@ -8,6 +8,7 @@ Shapes: N rows, D hidden, V vocabulary.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,29 @@ from eellm.infer.memory import Memory
 
 Answer = tuple[int, float, list[float]]
 """The token with the largest logit, its log-probability, and the scores of the policies asked about, in their order."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Leg:
+    """Part of a sequence's way through the layers, and what is asked behind it."""
+
+    last: int
+    """Its last layer, and that of the head that is asked."""
+    start: int
+    """The first of the rows that take part; those before it join further in."""
+    num_asked: int
+    """Newest rows that the head is asked about; 0: it isn't."""
+    threshold: float
+    """The score of the newest row at which the way ends here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What a head said behind a leg."""
+
+    logits_NV: Tensor
+    """Raw, float32, of the rows asked about."""
+    answers: list[Answer]
 
 
 class Network(ABC):
@@ -54,6 +78,31 @@ class Network(ABC):
         if len(tokens) == 1:
             return self.embedding_VD[tokens[0] :][:1]
         return F.embedding(torch.tensor(tokens, device=self.device), self.embedding_VD)
+
+    def walk(
+        self, h_ND: Tensor, done: int, legs: Sequence[Leg], span: Span, memory: Memory, policy: str
+    ) -> tuple[Tensor, list[Heard | None]]:
+        """Moves one sequence's rows on, leg after leg, until a head is sure of the newest row or the last leg is gone.
+
+        h_ND: all rows that take part in some leg. done: the layer that those of the first leg have passed. policy:
+        whose score a head is asked for; not `gate`, nor may an exit that is asked have a layer of its own. Returns the
+        rows where they are now, and what was heard behind each leg that was gone.
+        """
+        heard = list[Heard | None]()
+        for leg in legs:
+            count = len(h_ND) - leg.start
+            rows = self.rows([Span(span.slot, span.end - count, count)])
+            moved_ND = self.run(h_ND[leg.start :], done + 1, leg.last, rows, memory)
+            h_ND = moved_ND if leg.start == 0 else torch.cat((h_ND[: leg.start], moved_ND))
+            done = leg.last
+            if not leg.num_asked:
+                heard.append(None)
+                continue
+            logits_NV, answers = self.answers(leg.last, h_ND[-leg.num_asked :], [policy])
+            heard.append(Heard(logits_NV, answers))
+            if answers[-1][2][0] >= leg.threshold:
+                break
+        return h_ND, heard
 
     def gate(self, layer: int, z_ND: Tensor) -> Tensor:
         """Normed hidden states → (N,): how likely the exit agrees with the final one."""

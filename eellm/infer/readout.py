@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from eellm.infer.network import Network
+from eellm.infer.network import Answer, Network
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +45,15 @@ def read(network: Network, layer: int, h_ND: Tensor, policies: Sequence[str]) ->
 
     policies: each row's. Under `gate` the score isn't the logits' to tell; it is 1 (the final exit agrees with itself).
     """
-    named = [*dict.fromkeys(policies)]
-    if "gate" in named:
-        named.remove("gate")
+    named = [policy for policy in dict.fromkeys(policies) if policy != "gate"]
     logits_NV, answers = network.answers(layer, h_ND, named)
+    return readings_of(layer, logits_NV, answers, policies)
+
+
+def readings_of(layer: int, logits_NV: Tensor, answers: Sequence[Answer], policies: Sequence[str]) -> list[Reading]:
+    """A head's answers as readings. policies: each row's; answers have the scores of those that aren't `gate`, each
+    once, in their order."""
+    named = [policy for policy in dict.fromkeys(policies) if policy != "gate"]
     readings = []
     for policy, (token, logprob, scores), logits_V in zip(policies, answers, logits_NV, strict=True):
         score = 1.0 if policy == "gate" else scores[named.index(policy)]

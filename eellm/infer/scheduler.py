@@ -25,6 +25,8 @@ class StepPlan:
     """By slot."""
     num_enter: list[int]
     """Of each, the tokens that enter layer 1 at the most (where stop is 0)."""
+    goes_on: bool = False
+    """Whether rows that no exit answers go on at once: there is one sequence, and nobody to wait for."""
 
 
 class Scheduler:
@@ -47,9 +49,10 @@ class Scheduler:
             return None
         stop = self._stop(ready, tick)
         chosen = sorted(ready[stop], key=lambda seq: seq.slot)
+        alone = len(ready) == 1
         if stop > 0:
-            return StepPlan(stop=stop, sequences=chosen, num_enter=[0] * len(chosen))
-        return self._entering(chosen, alone=len(ready) == 1)
+            return StepPlan(stop=stop, sequences=chosen, num_enter=[0] * len(chosen), goes_on=_is_one(chosen, alone))
+        return self._entering(chosen, alone=alone)
 
     def heard(self, stop: int, num_tested: int, num_answered: int) -> None:
         """What became of a pass's tests at the stop with that index."""
@@ -94,8 +97,17 @@ class Scheduler:
                 left -= num
             num_enter[seq.slot] = num
         kept = [seq for seq in chosen if num_enter[seq.slot] > 0]
-        return StepPlan(stop=0, sequences=kept, num_enter=[num_enter[seq.slot] for seq in kept])
+        return StepPlan(
+            stop=0,
+            sequences=kept,
+            num_enter=[num_enter[seq.slot] for seq in kept],
+            goes_on=_is_one(chosen, alone),
+        )
 
     @staticmethod
     def _in_prompt(seq: Sequence) -> bool:
         return seq.passed[0] < len(seq.request.tokens)
+
+
+def _is_one(chosen: list[Sequence], alone: bool) -> bool:
+    return alone and len(chosen) == 1

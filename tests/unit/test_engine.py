@@ -21,7 +21,7 @@ def expected(model, prompt, options):
     """The oracle's tokens, exits and log-probabilities."""
     thresholds = {}
     if options["method"] == "early":
-        thresholds = dict.fromkeys(model.config.exit_layers, options["threshold"])
+        thresholds = dict.fromkeys(options.get("exits") or model.config.exit_layers, options["threshold"])
     rows = oracle(
         model,
         prompt,
@@ -50,6 +50,7 @@ requests = st.fixed_dictionaries(
         "max_new_tokens": st.integers(1, 14),
         "max_deferred": st.sampled_from([1, 2, 5, 16]),
         "policy": st.sampled_from(["max_prob", "gate", "margin"]),
+        "exits": st.sampled_from([None, (1, 3, 5), (3,)]),
         "max_draft": st.sampled_from([1, 3, 8]),
         "always_draft": st.booleans(),
         "lookup": st.booleans(),

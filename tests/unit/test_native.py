@@ -1,6 +1,7 @@
 """Compiled kernels: torch's values, and the same bits whatever runs beside a row."""
 
 import ctypes
+import math
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from eellm.exits.policy import SCORES
 from eellm.infer.attention import Span
 from eellm.infer.native import build, structs
 from eellm.infer.native.network import KERNELS_DIR, NativeNetwork
+from eellm.infer.network import Leg, Network
 from eellm.infer.packed import PackedNetwork
 from eellm.infer.prepare import make_network
 from eellm.infer.quantize import round_weight
@@ -118,6 +120,39 @@ def test_what_a_row_gives_depends_on_nothing_beside_it_to_the_last_bit(quantize)
         assert all(torch.equal(x, expected[layer]) for layer, x in final_logits(network, tokens, [60]).items())
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("policy", ["max_prob", "margin", "entropy"])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@torch.inference_mode()
+def test_a_walk_in_one_call_is_leg_after_leg_to_the_last_bit(quantize, policy):
+    network = make_network(native_model(sureness=0.5), quantize=quantize, compile=True)
+    tokens = [int(t) for t in random(30, seed=4).abs().mul(1000).long() % 29]
+    memories = [network.new_memory() for _ in range(2)]
+    num_gone = set()
+    for memory in memories:
+        memory.reserve(3, 30)
+        network.run(network.embed(tokens[:20]), 1, 6, network.rows([Span(1, 0, 20)]), memory)
+    for case in range(24):
+        legs = [
+            Leg(last=1, start=5, num_asked=case % 2, threshold=0.3),
+            Leg(last=3, start=5, num_asked=1, threshold=case / 24),
+            Leg(last=5, start=2, num_asked=(case + 1) % 2, threshold=0.5),
+            Leg(last=6, start=0, num_asked=case % 4, threshold=math.inf),
+        ]
+        h_ND, way = random(7, 72, seed=case), (0, legs, Span(1, 20, 7))
+        ours, theirs = (
+            network.walk(h_ND, *way, memories[0], policy),
+            Network.walk(network, h_ND, *way, memories[1], policy),
+        )
+        assert torch.equal(ours[0], theirs[0])
+        for one, other in zip(ours[1], theirs[1], strict=True):
+            assert (one is None) == (other is None)
+            assert one is None or (one.answers == other.answers and torch.equal(one.logits_NV, other.logits_NV))
+        for layer in range(1, 7):
+            assert torch.equal(memories[0].layers[layer], memories[1].layers[layer])
+        num_gone.add(len(ours[1]))
+    assert num_gone >= {2, 4}, "some end at an exit"
 
 
 @torch.inference_mode()

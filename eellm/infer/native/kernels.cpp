@@ -33,6 +33,26 @@ struct Rows {
     const float *cos, *sin;            // (positions, E / 2)
 };
 
+struct Head {
+    const MLP* mlp;     // or null
+    const float* norm;  // or null
+    const Matrix* output;
+    double eps;
+};
+
+struct Leg {
+    const Layer* const* layers;
+    float* const* kv;  // of each layer, (slots, 2K, C, E)
+    int64_t num_layers;
+    int64_t first_row;  // those before it don't take part
+    Head head;
+    int64_t num_asked;  // newest rows that the head is asked about
+    int64_t score;      // which of a row's five numbers that is
+    double threshold;   // of the score, at which the head is sure
+    float* logits;      // (num_asked, V)
+    double* table;      // (num_asked, 5)
+};
+
 static thread_local Room normed_room, sums_room, scores_room, qkv_room, y_room, width_room;
 
 static inline void rms_norm(const float* x, const float* weight, int64_t size, double eps, float* y) {
@@ -173,19 +193,74 @@ static void read_row(const float* logits, int64_t V, double* out) {
     out[4] = V > 1 ? 1 + (best.weighted / best.total - log_total) / std::log(double(V)) : top_prob;
 }
 
+// What rows are made of on their way; shared by the threads.
+struct Scratch {
+    float *qkv, *y, *width;
+    Scratch(const Layer& one, int64_t N)
+        : qkv(qkv_room.of(N * (one.num_heads + 2 * one.num_kv_heads) * one.head_size)),
+          y(y_room.of(N * one.num_heads * one.head_size)),
+          width(width_room.of(N * one.mlp.down.num_inputs)) {}
+};
+
+static void run_layers(const Layer* const* layers, float* const* kv, int64_t num_layers, int64_t C, const Rows& rows, float* h, const Scratch& scratch, int thread, int num_threads, Barrier& barrier) {
+    for (int64_t i = 0; i < num_layers; i++) run_layer(*layers[i], rows, h, kv[i], C, scratch.qkv, scratch.y, scratch.width, thread, num_threads, barrier);
+}
+
+// x (N, D) → logits (N, V), and unless `table` is null five numbers of each row
+static void run_head(const float* norm, double eps, const Matrix& m, int64_t N, const float* x, float* logits, double* table, int thread, int num_threads, Barrier& barrier) {
+    int64_t D = m.num_inputs, V = m.num_outputs;
+    const float* z = x;
+    if (norm) {
+        float* own = normed_room.of(N * D);
+        for (int64_t n = 0; n < N; n++) rms_norm(x + n * D, norm, D, eps, own + n * D);
+        z = own;
+    }
+    multiply<false>(m, z, N, logits, thread, num_threads);
+    if (!table) return;
+    barrier.wait();
+    for (int64_t n = thread; n < N; n += num_threads) read_row(logits + n * V, V, table + n * 5);
+}
+
 extern "C" {
 
 // x (N, D) → out (N, D), through the layers one after another. kv: of each layer, (slots, 2K, C, E).
 void eellm_run(const Layer* const* layers, float* const* kv, int64_t num_layers, int64_t C, const Rows* rows, const float* x, float* out, int64_t num_threads) {
-    const Layer& one = *layers[0];
-    int64_t N = rows->num_rows, D = one.qkv.num_inputs;
-    float* qkv = qkv_room.of(N * (one.num_heads + 2 * one.num_kv_heads) * one.head_size);
-    float* y = y_room.of(N * one.num_heads * one.head_size);
-    float* width = width_room.of(N * one.mlp.down.num_inputs);
+    int64_t N = rows->num_rows, D = layers[0]->qkv.num_inputs;
+    Scratch scratch(*layers[0], N);
     std::memcpy(out, x, N * D * sizeof(float));
     together(num_threads, [=](int thread, int team, Barrier& barrier) {
-        for (int64_t i = 0; i < num_layers; i++) run_layer(*layers[i], *rows, out, kv[i], C, qkv, y, width, thread, team, barrier);
+        run_layers(layers, kv, num_layers, C, *rows, out, scratch, thread, team, barrier);
     });
+}
+
+// x (N, D) → out (N, D), one leg after the other until a head is sure of the newest row or none is left. Returns how many
+// legs were gone. asked (rows, D): room for the newest rows, where a head has an MLP.
+int64_t eellm_walk(const Leg* legs, int64_t num_legs, int64_t C, const Rows* rows, const float* x, float* out, float* asked, int64_t num_threads) {
+    int64_t N = rows->num_rows, D = legs[0].layers[0]->qkv.num_inputs, num_gone = 0;
+    Scratch scratch(*legs[0].layers[0], N);
+    std::memcpy(out, x, N * D * sizeof(float));
+    together(num_threads, [=, &num_gone](int thread, int team, Barrier& barrier) {
+        for (int64_t i = 0; i < num_legs; i++) {
+            const Leg& leg = legs[i];
+            const Head& head = leg.head;
+            int64_t first = leg.first_row, n = leg.num_asked;
+            Rows own{N - first, rows->slots + first, rows->positions + first, rows->cos, rows->sin};
+            run_layers(leg.layers, leg.kv, leg.num_layers, C, own, out + first * D, scratch, thread, team, barrier);
+            if (thread == 0) num_gone = i + 1;
+            if (!n) continue;
+            const float* newest = out + (N - n) * D;
+            if (head.mlp) {
+                if (thread == 0) std::memcpy(asked, newest, n * D * sizeof(float));
+                barrier.wait();
+                run_mlp(*head.mlp, asked, n, scratch.width, thread, team, barrier);
+                newest = asked;
+            }
+            run_head(head.norm, head.eps, *head.output, n, newest, leg.logits, leg.table, thread, team, barrier);
+            barrier.wait();
+            if (leg.table[5 * (n - 1) + leg.score] >= leg.threshold) break;
+        }
+    });
+    return num_gone;
 }
 
 // x (N, D) → out (N, D)
@@ -202,18 +277,6 @@ void eellm_norm(const float* weight, int64_t size, double eps, int64_t N, const 
 // x (N, D), normed unless `norm` is null → logits (N, V); and unless `table` is null, of each row five numbers: the
 // likeliest token, its log-probability, and the scores max_prob, margin and entropy
 void eellm_head(const float* norm, double eps, const Matrix* m, int64_t N, const float* x, float* logits, double* table, int64_t num_threads) {
-    int64_t D = m->num_inputs, V = m->num_outputs;
-    together(num_threads, [=](int thread, int team, Barrier& barrier) {
-        const float* z = x;
-        if (norm) {
-            float* own = normed_room.of(N * D);
-            for (int64_t n = 0; n < N; n++) rms_norm(x + n * D, norm, D, eps, own + n * D);
-            z = own;
-        }
-        multiply<false>(*m, z, N, logits, thread, team);
-        if (!table) return;
-        barrier.wait();
-        for (int64_t n = thread; n < N; n += team) read_row(logits + n * V, V, table + n * 5);
-    });
+    together(num_threads, [=](int thread, int team, Barrier& barrier) { run_head(norm, eps, *m, N, x, logits, table, thread, team, barrier); });
 }
 }

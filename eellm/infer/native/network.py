@@ -8,7 +8,6 @@ Shapes: N rows, D hidden, V vocabulary.
 """
 
 import ctypes
-from array import array
 from collections.abc import Sequence
 from ctypes import byref, c_double, c_int64, c_void_p
 from pathlib import Path
@@ -22,7 +21,9 @@ from eellm.infer.attention import PassRows, Span
 from eellm.infer.memory import Memory
 from eellm.infer.native import structs
 from eellm.infer.native.build import BuildError, library
-from eellm.infer.network import Answer, Network
+from eellm.infer.native.rows import Angles, KVList, NativeRows
+from eellm.infer.native.walk import COLUMNS, Walk, answers_in, make_table
+from eellm.infer.network import Answer, Heard, Leg, Network
 from eellm.infer.quantize import Quantize, QuantizeCache
 from eellm.log import log
 from eellm.model import layers as model_layers
@@ -31,8 +32,6 @@ from eellm.model.rope import Rope
 KERNELS_DIR = Path.home() / ".cache" / "eellm"
 """Where built kernels are kept, unless told otherwise."""
 HEAD_SIZES = (16, 32, 48, 64, 80, 96, 112, 128, 192, 256)
-_COLUMNS = {"max_prob": 2, "margin": 3, "entropy": 4}
-"""Of the policies' scores among what the kernel says of a row."""
 
 
 def why_not(model: EarlyExitLM, weight: Tensor, cache_dir: Path | None) -> str | None:
@@ -51,39 +50,6 @@ def why_not(model: EarlyExitLM, weight: Tensor, cache_dir: Path | None) -> str |
     return None
 
 
-class NativeRows(PassRows):
-    """Slots and positions of the rows of a pass."""
-
-    def __init__(self, spans: Sequence[Span], angles: "_Angles") -> None:
-        super().__init__(spans)
-        angles.reserve(max(span.end for span in self.spans))
-        slots, positions = array("i"), array("i")
-        for slot, before, count in self.spans:
-            slots.extend([slot] * count)
-            positions.extend(range(before, before + count))
-        self.kept = slots, positions, angles.cos, angles.sin
-        self.struct = structs.Rows(
-            num_rows=len(slots),
-            slots=slots.buffer_info()[0],
-            positions=positions.buffer_info()[0],
-            cos=angles.cos.data_ptr(),
-            sin=angles.sin.data_ptr(),
-        )
-
-
-class _Angles:
-    """cos and sin of all positions, (positions, E / 2); they grow by doubling."""
-
-    def __init__(self, rope: Rope) -> None:
-        self.rope = rope
-        self.cos = self.sin = torch.zeros(0)
-
-    def reserve(self, num_positions: int) -> None:
-        if num_positions > len(self.cos):
-            num_positions = max(num_positions, 2 * len(self.cos), 64)
-            self.cos, self.sin = (x.contiguous() for x in self.rope(torch.arange(num_positions), torch.float32))
-
-
 class NativeNetwork(Network):
     def __init__(
         self,
@@ -98,9 +64,11 @@ class NativeNetwork(Network):
         self._library = library(cache_dir or KERNELS_DIR)
         self._quantize: Quantize | None = quantize
         self._cache = None if cache_dir is None else QuantizeCache(cache_dir / "rounded")
-        self._angles = _Angles(Rope(self.config))
+        self._angles = Angles(Rope(self.config))
         decoder = model.decoder
         self._layers = {n: self._layer(decoder.layer(n)) for n in self.held}
+        self._layer_list = (c_void_p * len(self.held))(*map(ctypes.addressof, self._layers.values()))
+        self._kv_list = KVList()
         is_last = self.config.num_layers in self.held
         is_shared = is_last or any(exit_config.head == "tied" for exit_config in self.exits)
         output = self._matrix(decoder.output, is_head=True) if is_shared else None
@@ -116,6 +84,7 @@ class NativeNetwork(Network):
                 self._bodies[layer] = self._layer(exit.body)
             elif isinstance(exit.body, MLPBlock):
                 self._bodies[layer] = self._mlp(exit.body.norm, exit.body.mlp)
+        self._heads = {layer: self._head_struct(layer) for layer in self._outputs}
 
     # --- what the loop calls ---
 
@@ -123,11 +92,40 @@ class NativeNetwork(Network):
         return NativeRows(spans, self._angles)
 
     def run(self, h_ND: Tensor, first: int, last: int, rows: PassRows, memory: Memory) -> Tensor:
-        return self._through([self._layers[n] for n in range(first, last + 1)], memory.layers, first, h_ND, rows)
+        return (
+            self._run(*self._addresses(first, memory), last - first + 1, h_ND, rows, memory) if last >= first else h_ND
+        )
+
+    def walk(
+        self, h_ND: Tensor, done: int, legs: Sequence[Leg], span: Span, memory: Memory, policy: str
+    ) -> tuple[Tensor, list[Heard | None]]:
+        h_ND, rows = h_ND.contiguous(), self.rows([span])
+        walk = Walk(
+            legs,
+            done,
+            policy,
+            addresses=lambda first: self._addresses(first, memory),
+            heads=self._heads,
+            vocab_size=self.config.vocab_size,
+        )
+        out_ND = torch.empty_like(h_ND)
+        asked_ND = torch.empty(walk.num_asked, h_ND.shape[1])
+        num_gone = self._library.eellm_walk(
+            walk.structs,
+            c_int64(len(legs)),
+            c_int64(memory.capacity),
+            byref(rows.struct),
+            *_pointers(h_ND, out_ND, asked_ND),
+            _threads(),
+        )
+        return out_ND, walk.heard(num_gone)
 
     def attended(self, layer: int, h_ND: Tensor, rows: PassRows, memory: Memory) -> Tensor:
         body = self._bodies.get(layer)
-        return self._through([body], memory.exits, layer, h_ND, rows) if isinstance(body, structs.Layer) else h_ND
+        if not isinstance(body, structs.Layer):
+            return h_ND
+        own, kv = (c_void_p * 1)(ctypes.addressof(body)), (c_void_p * 1)(memory.exits[layer].data_ptr())
+        return self._run(ctypes.addressof(own), ctypes.addressof(kv), 1, h_ND, rows, memory)
 
     def normed(self, layer: int, h_ND: Tensor) -> Tensor:
         body, norm_D = self._bodies.get(layer), self._norms[layer]
@@ -153,11 +151,9 @@ class NativeNetwork(Network):
             h_ND, norm_D = self.normed(layer, h_ND), None
         else:
             norm_D = self._norms[layer]
-        table = (c_double * (5 * len(h_ND)))()
+        table = make_table(len(h_ND))
         logits_NV = self._head(layer, norm_D, h_ND, table)
-        columns = [_COLUMNS[policy] for policy in policies]
-        rows = range(0, len(table), 5)
-        return logits_NV, [(int(table[at]), table[at + 1], [table[at + column] for column in columns]) for at in rows]
+        return logits_NV, answers_in(table, [COLUMNS[policy] for policy in policies])
 
     def _head(self, layer: int, norm_D: Tensor | None, x_ND: Tensor, table: "ctypes.Array[c_double] | None") -> Tensor:
         x_ND, matrix = x_ND.contiguous(), self._outputs[layer]
@@ -175,26 +171,36 @@ class NativeNetwork(Network):
         )
         return logits_NV
 
-    def _through(
-        self, layers: Sequence[structs.Layer], memory: dict[int, Tensor], first: int, h_ND: Tensor, rows: PassRows
-    ) -> Tensor:
-        """Through neighbouring layers, of which the first one's keys and values are `memory[first]`."""
+    def _run(self, layers: int, kv: int, num_layers: int, h_ND: Tensor, rows: PassRows, memory: Memory) -> Tensor:
+        """layers, kv: where the addresses of the layers stand, and of their keys and values."""
         assert isinstance(rows, NativeRows), "rows are those of this network"
-        num = len(layers)
         h_ND = h_ND.contiguous()
         out_ND = torch.empty_like(h_ND)
-        if num == 0:
-            return h_ND
         self._library.eellm_run(
-            (c_void_p * num)(*map(ctypes.addressof, layers)),
-            (c_void_p * num)(*(memory[n].data_ptr() for n in range(first, first + num))),
-            c_int64(num),
-            c_int64(memory[first].shape[2]),
+            c_void_p(layers),
+            c_void_p(kv),
+            c_int64(num_layers),
+            c_int64(memory.capacity),
             byref(rows.struct),
             *_pointers(h_ND, out_ND),
             _threads(),
         )
         return out_ND
+
+    def _addresses(self, first: int, memory: Memory) -> tuple[int, int]:
+        """Where the addresses of layers from `first` on stand, and of their keys and values."""
+        offset = (first - self.held[0]) * ctypes.sizeof(c_void_p)
+        return ctypes.addressof(self._layer_list) + offset, self._kv_list.address(memory) + offset
+
+    def _head_struct(self, layer: int) -> structs.Head:
+        body, norm_D, output = self._bodies.get(layer), self._norms[layer], self._outputs[layer]
+        assert output is not None, "a shared output matrix is held with the exits that share it"
+        return structs.Head(
+            mlp=ctypes.addressof(body) if isinstance(body, structs.MLP) else None,
+            norm=None if norm_D is None else norm_D.data_ptr(),
+            output=ctypes.addressof(output),
+            eps=self.config.rms_norm_eps,
+        )
 
     # --- what the kernels read ---
 

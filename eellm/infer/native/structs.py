@@ -64,6 +64,25 @@ class Rows(_Struct):
     ]
 
 
+class Head(_Struct):
+    _fields_ = [("mlp", c_void_p), ("norm", c_void_p), ("output", c_void_p), ("eps", c_double)]
+
+
+class Leg(_Struct):
+    _fields_ = [
+        ("layers", c_void_p),
+        ("kv", c_void_p),
+        ("num_layers", c_int64),
+        ("first_row", c_int64),
+        ("head", Head),
+        ("num_asked", c_int64),
+        ("score", c_int64),
+        ("threshold", c_double),
+        ("logits", c_void_p),
+        ("table", c_void_p),
+    ]
+
+
 def make_matrix(
     weight_OI: Tensor, bias_O: Tensor | None, order: Tensor, quantize: Quantize | None, cache: QuantizeCache | None
 ) -> Matrix:

@@ -118,6 +118,9 @@ class PipelinedLoop(Loop):
         self.crew.wait()
         return self._hear(tick)
 
+    def _can_walk(self, seq: Served) -> bool:
+        return False  # the first stage's passes end where the next one begins
+
     def _through(self, stop: int, sequences: Iterable[Served]) -> int:
         return min(super()._through(stop, sequences), len(self.stops) - 2)
 
