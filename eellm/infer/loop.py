@@ -102,23 +102,23 @@ class Loop:
         end_row = seq.passed[stop] + sum(piece.end - piece.start for piece in moving)
         legs, span = self._legs(seq, ends, end_row), Span(seq.slot, end_row - len(h_ND), len(h_ND))
         done = 0 if stop == 0 else self.stops[stop - 1]
-        h_ND, heard = self.network.walk(h_ND, done, legs, span, self.memory, seq.request.options.policy)
-        last = ends[len(heard) - 1]
+        h_ND, gone = self.network.walk(h_ND, done, legs, span, self.memory, seq.request.options.policy)
+        last = ends[len(gone) - 1]
         for i in range(stop, last + 1):
             seq.passed[i] = end_row
-        for end in ends[: len(heard) - 1]:
+        for end in ends[: len(gone) - 1]:
             seq.waiting[end] = []
         seq.ready_since = tick
         seq.work.layers += self.stops[last] - done
         if last + 1 < len(self.stops):
-            seq.waiting[last].append(Piece(h_ND, legs[len(heard) - 1].start, len(h_ND)))
+            seq.waiting[last].append(Piece(h_ND, legs[len(gone) - 1].start, len(h_ND)))
             seq.frontier = last + 1
         else:
             seq.frontier = None
             seq.work.deep_passes += 1
-        for end, said in zip(ends, heard, strict=False):
-            if said is not None:
-                self._take_answer(seq, end, said)
+        for end, leg in zip(ends, gone, strict=False):
+            if leg.heard is not None:
+                self._take_answer(seq, end, leg.heard)
 
     def _legs(self, seq: Served, ends: Sequence[int], end_row: int) -> list[Leg]:
         legs, start = [], 0

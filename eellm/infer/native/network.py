@@ -23,7 +23,7 @@ from eellm.infer.native import structs
 from eellm.infer.native.build import BuildError, library
 from eellm.infer.native.rows import Angles, KVList, NativeRows
 from eellm.infer.native.walk import COLUMNS, Walk, answers_in, make_table
-from eellm.infer.network import Answer, Heard, Leg, Network
+from eellm.infer.network import Answer, Gone, Leg, Network
 from eellm.infer.quantize import Quantize, QuantizeCache
 from eellm.log import log
 from eellm.model import layers as model_layers
@@ -98,7 +98,7 @@ class NativeNetwork(Network):
 
     def walk(
         self, h_ND: Tensor, done: int, legs: Sequence[Leg], span: Span, memory: Memory, policy: str
-    ) -> tuple[Tensor, list[Heard | None]]:
+    ) -> tuple[Tensor, list[Gone]]:
         h_ND, rows = h_ND.contiguous(), self.rows([span])
         walk = Walk(
             legs,
@@ -118,7 +118,7 @@ class NativeNetwork(Network):
             *_pointers(h_ND, out_ND, asked_ND),
             _threads(),
         )
-        return out_ND, walk.heard(num_gone)
+        return out_ND, walk.gone(num_gone)
 
     def attended(self, layer: int, h_ND: Tensor, rows: PassRows, memory: Memory) -> Tensor:
         body = self._bodies.get(layer)
