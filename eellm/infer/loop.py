@@ -103,7 +103,7 @@ class Loop:
             self.network,
             layer,
             rows_of(h_ND, [row for _, row in tested]),
-            [seq.request.options.policy for seq, _ in tested],
+            [seq.request.policy for seq, _ in tested],
             [seq.decode.exits(seq)[layer] for seq, _ in tested],
         )
         for i in asked:
@@ -156,7 +156,7 @@ class Loop:
     def _read(self, layer: int, h_ND: Tensor, sequences: Sequence[Served]) -> list[Reading]:
         for seq in dict.fromkeys(sequences):
             seq.work.count_head(layer)
-        return read(self.network, layer, h_ND, [seq.request.options.policy for seq in sequences])
+        return read(self.network, layer, h_ND, [seq.request.policy for seq in sequences])
 
 
 def _ends(spans: Iterable[Span]) -> list[int]:
