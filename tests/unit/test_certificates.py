@@ -175,20 +175,31 @@ class Misled:
 
     num_units = 100
 
-    def __init__(self, seem_right):
-        self.seem_right = seem_right
+    def __init__(self, seem_right, loss=0.4):
+        self.seem_right, self.loss = seem_right, loss
+        self.on_path, self.tested = [], []
 
     def evidence(self, units):
+        self.on_path += units.tolist()
         return {2: np.linspace(0.5, 0.6, len(units))}, {2: np.full(len(units), not self.seem_right)}
 
     def of(self, thresholds, units):
-        return [0.4 if thresholds[2] < 1 else 0.0] * len(units), 2.0
+        self.tested.append(units.tolist())
+        return [self.loss if thresholds[2] < 1 else 0.0] * len(units), 2.0
 
 
 @pytest.mark.parametrize("seem_right", [True, False])
 def test_where_no_thresholds_pass_none_are_certified(seem_right):
     with pytest.raises(DataError, match=r"to keep disagreement below 0\.05: the safest .* lose 0\.4000 on 80 units"):
         choose_thresholds(Misled(seem_right), CalibrateConfig(risk=0.05))
+
+
+def test_the_units_that_choose_the_path_are_not_among_those_tested():
+    losses = Misled(seem_right=True, loss=0.0)
+    assert choose_thresholds(losses, CalibrateConfig(risk=0.05)).num_units == 80
+    for tested in losses.tested:
+        assert len(tested) == 80
+        assert sorted([*losses.on_path, *tested]) == list(range(100))
 
 
 def test_what_can_t_be_calibrated_is_refused():
