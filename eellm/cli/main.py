@@ -20,6 +20,7 @@ VERBS = {
     "generate": ("eellm.cli.generate", "continue a prompt, each token leaving at the first exit that is sure enough"),
     "serve": ("eellm.cli.serve", "answer OpenAI's clients over HTTP, each token leaving where it may"),
     "bench": ("eellm.cli.bench", "measure how fast a model decodes here: methods, batch sizes, 8 and 4 bits"),
+    "calibrate": ("eellm.cli.calibrate", "learn thresholds whose risk is shown to stay below a bound"),
     "evaluate": ("eellm.cli.evaluate", "measure each exit on a text; quality against speed over thresholds"),
 }
 

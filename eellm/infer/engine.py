@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from eellm.checkpoint.hf import load
 from eellm.config.infer import GenerateConfig, generate_config
-from eellm.errors import ConfigError, RequestError, WorkerError
+from eellm.errors import CertificateError, ConfigError, RequestError, WorkerError
 from eellm.exits.lm import EarlyExitLM
 from eellm.infer.costs import StepCosts
 from eellm.infer.decode.make import Methods
@@ -28,12 +28,13 @@ from eellm.infer.pipelined.loop import PipelinedLoop, PipelinedMemory, Pipelined
 from eellm.infer.pipelined.start import join, make_pipeline
 from eellm.infer.prepare import network_of
 from eellm.infer.quantize import Quantize
-from eellm.infer.request import Prompt, check_prompts, make_request, make_scoring
+from eellm.infer.request import Prompt, Request, check_prompts, make_request, make_scoring
 from eellm.infer.result import EngineStats, Generation
 from eellm.infer.sampling import Sampler
 from eellm.infer.scheduler import Scheduler
 from eellm.infer.score import Score, score
 from eellm.infer.sequence import Sequence
+from eellm.infer.shadow import Shadow
 from eellm.infer.slots import Slots
 
 
@@ -51,6 +52,7 @@ class Engine:
         cache_dir: Path | None = None,
         workers: int = 1,
         timeout_s: float = 60.0,
+        shadow: float = 0.0,
     ) -> None:
         """model: a model, or what `eellm.load` takes. max_batch: requests served at the same time; others wait for
         their turn. max_tokens: the most that one request may have, prompt and new tokens together; memory for keys
@@ -62,9 +64,12 @@ class Engine:
         workers: processes that share the model's layers, this one among them; each of them computes with its part of
         this one's threads. Under torchrun they are its processes, with the threads that they have: on rank 0 this is
         the engine, on the others it serves until the engine closes, and then ends the process. timeout_s: without a
-        sign of life, after which a worker is given up."""
+        sign of life, after which a worker is given up. shadow: share of the tokens that are held against the final
+        exit after they left early, to see whether certificates still hold (see `stats`); not with workers."""
         if workers < 1:
             raise ConfigError(f"workers = {workers}: must be at least 1")
+        if workers > 1 and shadow > 0:
+            raise ConfigError(f"shadow = {shadow}: tokens can't be checked across workers; leave one of the two out")
         group = join(workers) if workers > 1 else None
         self.model = load(model) if isinstance(model, str | Path) else model
         self.quantize, self.compile, self.cache_dir = quantize, compile, cache_dir
@@ -91,7 +96,8 @@ class Engine:
             self.memory = PipelinedMemory(self.network, self.crew)
             self.scheduler = PipelinedScheduler(self._costs)
             self.loop = PipelinedLoop(self.network, self.memory, self.scheduler, self.crew)
-        self.methods = Methods(self._costs)
+        self.shadow = Shadow(shadow)
+        self.methods = Methods(self._costs, self.shadow)
         self.slots = Slots(max_batch)
         self.max_tokens = min(max_tokens, self.model.config.max_seq_len)
         self.waiting: deque[Sequence] = deque()
@@ -110,6 +116,7 @@ class Engine:
         request = make_request(self.model, prompt, options or generate_config(**fields))
         if request.options.method == "pipelined" and self.crew is None:
             raise RequestError("method = 'pipelined' needs worker processes: make the engine with workers=2 or more")
+        self._check_certified(request)
         config = self.model.config
         needed = request.capacity(config.max_seq_len)
         if needed > self.max_tokens:
@@ -161,16 +168,16 @@ class Engine:
         """Log-likelihood of each text but its first token, given what comes before; of a pair (context, continuation)
         that of the continuation.
 
-        At full depth; at the exit of layer `exit`; or, with a `policy` or `threshold` (and `exits`, as in `submit`),
-        each token at the exit that it would take. top_logprobs: how many of the likeliest tokens each place tells.
-        Raises RequestError for a text that can't be scored.
+        At full depth; at the exit of layer `exit`; or, with a `risk`, `policy` or `threshold` (and `exits`, as in
+        `submit`), each token at the exit that it would take. top_logprobs: how many of the likeliest tokens each place
+        tells. Raises RequestError for a text that can't be scored.
         """
         scored = []
         for text in texts:
             request, first = make_scoring(self.model, text, exit, fields)
-            policy = request.options.policy
-            network = self._whole_network()
-            scored.append(score(network, request.tokens, first, request.thresholds, policy, top_logprobs=top_logprobs))
+            self._check_certified(request)
+            rule = (request.thresholds, request.policy)
+            scored.append(score(self._whole_network(), request.tokens, first, *rule, top_logprobs=top_logprobs))
         return scored
 
     def step(self) -> bool:
@@ -219,6 +226,7 @@ class Engine:
                 reused_tokens=self.reused_tokens,
                 memory_bytes=self.memory.num_bytes,
                 weight_bytes=self.network.num_bytes + (0 if self.crew is None else self.crew.weight_bytes),
+                shadow=self.shadow.report(),
             )
 
     def close(self) -> None:
@@ -249,6 +257,14 @@ class Engine:
         return (
             self.network if self.crew is None else network_of(self.model, self.quantize, self.cache_dir, self.compile)
         )
+
+    def _check_certified(self, request: Request) -> None:
+        """Raises CertificateError where the engine doesn't compute with the weights that the certificate is for."""
+        if request.certificate is not None and self.quantize is not None:
+            raise CertificateError(
+                f"risk = {request.options.risk:g}: certificates are for the weights as they are, not for those rounded "
+                f"to {self.quantize}; leave quantize out, or give a threshold"
+            )
 
     def _check_workers(self) -> None:
         if self.failure is not None:

@@ -23,7 +23,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from eellm.config.infer import GenerateConfig
+from eellm.config.infer import POLICY, GenerateConfig
 from eellm.errors import ConfigError
 from eellm.infer.attention import PassRows, Span
 from eellm.infer.costs import MEASURED_ROWS, Curve, StepCosts
@@ -138,7 +138,7 @@ def _full_tick_s(network: Network, context: int) -> float:
     prompt = [i % config.vocab_size for i in range(context)]
     num_tokens = min(4 * NUM_RUNS, config.max_seq_len - context)
     options = GenerateConfig(method="full", max_new_tokens=num_tokens, ignore_eos=True)
-    request = Request(tokens=prompt, thresholds={}, options=options)
+    request = Request(tokens=prompt, thresholds={}, policy=POLICY, options=options)
     memory = network.new_memory()
     memory.reserve(1, context + num_tokens)
     loop = Loop(network, memory, Scheduler(lambda: measure(network)))

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from eellm.infer.shadow import ShadowReport
+
 
 @dataclass(frozen=True, kw_only=True)
 class Token:
@@ -83,6 +85,8 @@ class EngineStats:
     """Keys and values."""
     weight_bytes: int
     """The matrices, as they are multiplied with."""
+    shadow: ShadowReport
+    """What became of the tokens that were checked."""
 
 
 @dataclass

@@ -128,7 +128,8 @@ def make_app(server: Server, keys: Keys | None) -> ASGIApp:
 
 
 def _add_routes(app: FastAPI, server: Server) -> None:
-    stream: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+    stream: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": event}}}}
 
     @app.post("/v1/completions", response_model=Completion, responses=stream)
     async def completions(request: Request, body: CompletionRequest) -> Response:

@@ -50,6 +50,7 @@ def make_served(name: str, model: EarlyExitLM, config: ServeConfig, *, cache_dir
         compile=None if config.compile else False,
         cache_dir=cache_dir,
         workers=config.workers,
+        shadow=config.shadow,
     )
     if config.warm_up:
         engine.generate([[0]], method="auto", max_new_tokens=2, ignore_eos=True)
@@ -79,6 +80,7 @@ def with_adapter(model: EarlyExitLM, adapter: Path, base: Path) -> EarlyExitLM:
     with torch.device("meta"):
         other = EarlyExitLM(replace(model.config, exits=()))
     other.config, other.decoder, other.tokenizer = model.config, model.decoder, model.tokenizer
+    other.certificates = model.certificates
     for layer, exit in model.exits.items():
         other.exits[layer] = exit
     load_exits(other, adapter, base=base)

@@ -22,6 +22,7 @@ from eellm.config.infer import GenerateConfig
 from eellm.infer.engine import Engine
 from eellm.infer.handle import Handle
 from eellm.infer.result import Stats, Token
+from eellm.infer.shadow import ShadowReport
 from eellm.log import log
 from eellm.serve.refusals import Refusal, refusal_of
 
@@ -90,6 +91,8 @@ class Worker:
         """Jobs that aren't over."""
         self.num_running = 0
         """Of these, how many the engine runs, after its latest step."""
+        self.shadow = ShadowReport()
+        """Of the engine, after its latest step."""
         self.failure: Refusal | None = None
         """Why there will be no further answer."""
         self.mean_job_s = 1.0
@@ -258,6 +261,8 @@ class Worker:
         for job in over:
             del self._jobs[job]
         self.num_running = len(self.engine.running)
+        if self.engine.shadow.share > 0:
+            self.shadow = self.engine.shadow.report()
         if items:
             self._post(self._deliver, items)
 

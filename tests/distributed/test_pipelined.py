@@ -22,6 +22,7 @@ from eellm.errors import ConfigError, WorkerError
 from eellm.infer.pipelined.start import stages_of
 from tests.models import EXITS, needs_compiler, tiny_config, tiny_model
 from tests.traffic import LONG, events
+from tests.unit.test_certificates import certificate_for
 
 ROOT = Path(__file__).parents[2]
 MODEL = tiny_model(seed=0)
@@ -63,6 +64,19 @@ def test_pipelined_gives_the_tokens_exits_and_log_probabilities_of_early(engine,
     taken = {layer for out in reference for layer in out.exits}
     assert len(taken) > 2, "the test means nothing unless tokens leave at several exits"
     for out, expected in zip(engine.generate(PROMPTS, method="pipelined", **options), reference, strict=True):
+        assert_same(out, expected)
+
+
+def test_a_certificate_s_thresholds_and_policy_hold_on_every_stage():
+    model = tiny_model(seed=0)
+    thresholds = ((1, 0.9), (2, 0.4), (3, 1.0), (5, 0.2))
+    model.certificates = (certificate_for(model, policy="margin", risk=0.1, thresholds=thresholds),)
+    rule = {"threshold": dict(thresholds), "policy": "margin"}
+    with eellm.Engine(model) as alone, eellm.Engine(model, workers=2, timeout_s=TIMEOUT_S) as engine:
+        reference = alone.generate(PROMPTS, method="early", max_new_tokens=24, **rule)
+        found = engine.generate(PROMPTS, method="pipelined", max_new_tokens=24, risk=0.1)
+    assert {layer for out in reference for layer in out.exits} >= {2, 5, 6}
+    for out, expected in zip(found, reference, strict=True):
         assert_same(out, expected)
 
 

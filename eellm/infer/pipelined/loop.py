@@ -170,7 +170,7 @@ class PipelinedLoop(Loop):
             slot=seq.slot,
             before=seq.passed[-1],
             count=count,
-            policy=options.policy,
+            policy=seq.request.policy,
             num_readings=num_readings,
             is_judged=is_judged,
             wants_logits=not seq.sampler.takes_likeliest or options.typical > 0 or options.top_logprobs > 0,
