@@ -4,7 +4,7 @@
     text → windows of the model's context, each token in one of them → Engine.score
     (context, stop strings, …) → Engine.submit, many at a time
 
-`python -m eellm.evaluate.harness` is lm-eval's own command line, with this type in it. lm-eval is the extra eellm[eval].
+`python -m eellm.evaluate.harness` is lm-eval's own command line with this type in it. It comes with the extra `eval`.
 """
 
 from collections import Counter

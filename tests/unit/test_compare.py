@@ -21,7 +21,7 @@ def test_a_loss_on_the_same_documents_shows_though_both_intervals_overlap():
     generator = np.random.default_rng(2)
     full = generator.normal(0.5, 0.3, 200).tolist()
     less = [value - 0.02 + noise for value, noise in zip(full, generator.normal(0, 0.02, 200), strict=True)]
-    value, interval, difference, (low, high) = compare(less, full, mean)
+    _, interval, difference, (low, high) = compare(less, full, mean)
     _, full_interval, _, _ = compare(full, full, mean)
     assert interval[1] > full_interval[0]
     assert low < difference < high < 0
