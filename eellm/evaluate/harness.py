@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -73,7 +74,7 @@ class EellmLM(TemplateLM):
         super().__init__()
         model = pretrained
         if not isinstance(model, EarlyExitLM):
-            model = load(model, adapter, dtype=dtype, device=device or "cpu")
+            model = load(model, adapter, dtype=dtype, device=_device(device))
         if model.tokenizer is None:
             raise ConfigError("the model has no tokenizer, and tasks are text; add its tokenizer.json")
         self.model = model
@@ -235,6 +236,13 @@ class EellmLM(TemplateLM):
                 f"{cut} of {num_requests} requests have more tokens than there is room for in the model's context "
                 f"({self.max_length}), and lost their beginning"
             )
+
+
+def _device(name: str | None) -> str:
+    """lm-eval's command line says cuda:0 where nobody said anything, whether there is one or not."""
+    if name is None or (name.startswith("cuda") and not torch.cuda.is_available()):
+        return "cpu"
+    return name
 
 
 def _progress(before: int, done: int, total: int, what: str) -> None:

@@ -61,7 +61,7 @@ class Probed:
     """What one kind of probe found."""
 
     name: str
-    """`logit lens` or `tuned`."""
+    """`logit lens`, `own exits` or `tuned`."""
     choices: LayerChoices
     costs: PartCosts
     advice: Advice
@@ -72,10 +72,9 @@ class Suitability:
     num_tokens: int
     num_layers: int
     precision: float
-    own_agreement: dict[int, float]
-    """Of the exits that the model has, by layer."""
     probes: tuple[Probed, ...]
-    """The logit lens first; its advice is the answer where nothing was tuned, the last one's otherwise."""
+    """The logit lens, the exits that the model has, exits tuned for this: what there is. The last one's advice is the
+    answer."""
     machine: dict[str, Any]
     """Load averages before and after, threads, processors, device, dtype."""
 
@@ -88,7 +87,6 @@ class Suitability:
         return {
             "num_tokens": self.num_tokens,
             "num_layers": self.num_layers,
-            "own_agreement": {str(layer): share for layer, share in self.own_agreement.items()},
             "precision": self.precision,
             "probes": [_probe_json(probe, self.precision) for probe in self.probes],
             "advice": dataclasses.asdict(self.advice),
@@ -130,31 +128,32 @@ def suit(
 ) -> Suitability:
     """Looks at every layer of `model` on a text.
 
-    tune_rows: of another text, for tune_steps. costs: of the two kinds of probes (`norm` untuned, `mlp` tuned);
-    measured where not given. Raises ConfigError for models of one layer, DataError for texts without targets.
+    tune_rows: of another text, for tune_steps. costs: by kind of exit, `norm` for the untuned and `mlp` for the
+    tuned ones, and that of the model's own; measured where not given. Raises ConfigError for models of one layer, DataError for texts without targets.
     """
     last = model.config.num_layers
     if last < 2:
         raise ConfigError("the model has one layer, and an exit needs one behind it")
     load_before = os.getloadavg()[0]
-    kinds: tuple[ExitKind, ...] = ("norm", "mlp") if config.tune_steps else ("norm",)
-    costs = costs or {kind: measure_parts(model, kind) for kind in kinds}
+    if costs is None:
+        kinds: list[ExitKind] = ["norm", _dearest(model), *(["mlp"] if config.tune_steps else [])]
+        costs = {kind: measure_parts(model, kind) for kind in dict.fromkeys(kinds)}
     lens = probe_model(model, [ExitConfig(layer=layer, norm="final") for layer in range(1, last)])
     log.info(f"the final head on each of {last} layers")
     table = _ask(lens, rows, config)
     probes = [_probed("logit lens", table, costs["norm"], config)]
+    if model.config.exits:
+        probes.append(_probed("own exits", _ask(model, rows, config), costs[_dearest(model)], config))
     if config.tune_steps:
         if tune_rows is None:
             raise DataError("tune_steps: needs text of its own to tune on; give a longer one")
         tuned = tuned_probes(model, tune_rows, config)
         probes.append(_probed("tuned", _ask(tuned, rows, config), costs["mlp"], config))
-    own = _ask(model, rows, config) if model.config.exits else None
     weight = model.decoder.embed.weight
     return Suitability(
         num_tokens=len(table.labels_N),
         num_layers=last,
         precision=config.precision,
-        own_agreement={} if own is None else {layer: own.agreement(layer) for layer in model.config.exit_layers},
         probes=tuple(probes),
         machine={
             "load_average": [load_before, os.getloadavg()[0]],
@@ -164,6 +163,12 @@ def suit(
             "dtype": str(weight.dtype).removeprefix("torch."),
         },
     )
+
+
+def _dearest(model: EarlyExitLM) -> ExitKind:
+    """The kind of the model's exits that costs the most; `norm` where it has none."""
+    order: tuple[ExitKind, ...] = ("norm", "mlp", "layer")
+    return max((exit.kind for exit in model.config.exits if exit.kind in order), key=order.index, default="norm")
 
 
 def probe_model(model: EarlyExitLM, exits: Sequence[ExitConfig]) -> EarlyExitLM:
@@ -258,5 +263,5 @@ def _probed(name: str, table: ExitTable, costs: PartCosts, config: SuitConfig) -
         agrees_LN=np.stack([(table.exits[layer].choice_N == final_N).numpy() for layer in layers]),
         scores_LN=np.stack([table.exits[layer].scores["max_prob"].numpy() for layer in layers]),
     )
-    advice = advise(choices, costs, precision=config.precision, is_tuned=name == "tuned")
+    advice = advise(choices, costs, precision=config.precision, is_tuned=name != "logit lens")
     return Probed(name=name, choices=choices, costs=costs, advice=advice)

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 LEGEND = (
     "agrees = share of tokens whose choice is the final one. sure = share that an exit there may answer, going by its "
     "largest probability, and keep the precision asked for. first, settled = share of tokens that are right for the "
-    "first time, or from then on at every layer, at this layer and none before. own = the exits that the model has."
+    "first time, or from then on at every layer (of those listed), at this layer and none before."
 )
 BOUNDS_LEGEND = (
     "by layers = every token leaves at its first right layer, tests cost nothing, nothing is caught up. bound = the "
-    "best exits, if they always knew when they are right, at this machine's costs. expected = exits that go by their own "
-    "sureness, at that precision, with thresholds chosen on this text."
+    "best exits, if they always knew when they are right, at this machine's costs. expected = exits that go by their "
+    "own sureness, at that precision, with thresholds chosen on this text."
 )
 
 
@@ -39,12 +39,11 @@ def layer_cells(data: Mapping[str, Any]) -> dict[str, Cells]:
                 "–" if known is None else f"{known:.1%}",
                 f"{first:.1%}",
                 f"{settled:.1%}",
-                _own(data, layer),
             )
             for layer, agrees, known, first, settled in columns
         )
         title = f"{probe['name']}, {data['num_tokens']} tokens"
-        tables[title] = Cells(("layer", "agrees", "sure", "first", "settled", "own"), rows)
+        tables[title] = Cells(("layer", "agrees", "sure", "first", "settled"), rows)
     return tables
 
 
@@ -95,7 +94,7 @@ def save_picture(data: Mapping[str, Any], path: Path) -> None:
         raise ConfigError("pictures need one more package: pip install 'eellm[plot]'") from None
     figure = Figure(figsize=(6.4, 5.4), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
-    for probe, colour in zip(data["probes"], (BLUE, VERMILION), strict=False):
+    for probe, colour in zip(data["probes"], (BLUE, VERMILION, INK), strict=False):
         percent = {key: [100 * share for share in probe[key]] for key in ("agreement", "settled")}
         top.plot(probe["layers"], percent["agreement"], color=colour, marker="o", markersize=4, label=probe["name"])
         top.plot(
@@ -106,10 +105,6 @@ def save_picture(data: Mapping[str, Any], path: Path) -> None:
             label=f"{probe['name']}, sure",
         )
         bottom.plot(probe["layers"], percent["settled"], color=colour, drawstyle="steps-mid")
-    if data["own_agreement"]:
-        layers = [int(layer) for layer in data["own_agreement"]]
-        shares = [100 * share for share in data["own_agreement"].values()]
-        top.plot(layers, shares, color=INK, linestyle="", marker="D", markersize=6, label="own exits")
     for layer in data["advice"]["exits"]:
         top.axvline(layer, color=FAINT, linewidth=1)
     _style(top, "tokens (%)")
@@ -131,8 +126,3 @@ def _style(axes: "Axes", name: str) -> None:
 def _placed(placed: Mapping[str, Any]) -> str:
     exits = ", ".join(map(str, placed["exits"])) or "none"
     return f"{placed['speedup']:.2f}× ({exits})"
-
-
-def _own(data: Mapping[str, Any], layer: int) -> str:
-    share = data["own_agreement"].get(str(layer))
-    return "" if share is None else f"{share:.1%}"

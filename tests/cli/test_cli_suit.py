@@ -48,8 +48,8 @@ def test_out_holds_the_figures_the_page_and_the_picture(model, text, tmp_path, c
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["suit.json", "suit.md", "suit.svg"]
     kept = json.loads((tmp_path / "out" / "suit.json").read_text())
     assert kept["probes"] == printed["probes"]
-    assert [probe["name"] for probe in kept["probes"]] == ["logit lens", "tuned"]
-    assert set(kept["own_agreement"]) == {"2"}
+    assert [probe["name"] for probe in kept["probes"]] == ["logit lens", "own exits", "tuned"]
+    assert kept["probes"][1]["layers"] == [2, 6]
     assert kept["probes"][0]["agreement"][-1] == 1
     assert all(seconds > 0 for seconds in kept["probes"][0]["costs_s"].values())
     page = (tmp_path / "out" / "suit.md").read_text()

@@ -173,7 +173,7 @@ def test_chats_go_through_the_model_s_template(model):
 def test_lm_eval_makes_it_from_a_line_of_arguments(model, tmp_path):
     eellm.save(model, tmp_path / "model")
     line = f"pretrained={tmp_path / 'model'},threshold=0.5,policy=max_prob,exits=2+5"
-    lm = get_model("eellm").create_from_arg_string(line, {"batch_size": 4, "max_batch_size": None, "device": None})
+    lm = get_model("eellm").create_from_arg_string(line, {"batch_size": 4, "max_batch_size": None, "device": "cuda:0"})
     there = EellmLM(model, threshold=0.5, exits=(2, 5))
     requests = instances("loglikelihood", PAIRS)
     assert [x for x, _ in lm.loglikelihood(requests)] == pytest.approx(

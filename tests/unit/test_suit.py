@@ -13,7 +13,7 @@ from eellm.evaluate.suit import SuitConfig, measure_parts, probe_model, suit, tu
 from tests.models import tiny_model
 from tests.unit.test_advice import part_costs
 
-COSTS = {"norm": part_costs(6), "mlp": part_costs(6, head_s=1.5)}
+COSTS = {"norm": part_costs(6), "mlp": part_costs(6, head_s=1.5), "layer": part_costs(6, head_s=2.0)}
 
 
 def rows_of(num_rows=6, seq_len=32, seed=0):
@@ -74,8 +74,13 @@ def test_the_exits_that_a_model_has_are_asked_too_and_it_stays_as_it_is():
     model = tiny_model(seed=5, dtype="float32")
     before = {name: p.clone() for name, p in model.state_dict().items()}
     found = suit(model, rows_of(), SuitConfig(tune_steps=2), tune_rows=rows_of(seed=1), costs=COSTS)
-    assert set(found.own_agreement) == {1, 2, 3, 5}
-    assert [probe.name for probe in found.probes] == ["logit lens", "tuned"]
+    assert [probe.name for probe in found.probes] == ["logit lens", "own exits", "tuned"]
+    own = found.probes[1]
+    assert own.costs == COSTS["layer"]
+    with torch.inference_mode():
+        logits = model(torch.tensor(rows_of().tokens_NT.astype(int)))
+    expected = {n: float((logits[n].argmax(-1) == logits[6].argmax(-1)).double().mean()) for n in (1, 2, 3, 5)}
+    assert own.choices.agreement() == pytest.approx(expected)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
