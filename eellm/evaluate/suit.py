@@ -128,8 +128,9 @@ def suit(
 ) -> Suitability:
     """Looks at every layer of `model` on a text.
 
-    tune_rows: of another text, for tune_steps. costs: by kind of exit, `norm` for the untuned and `mlp` for the
-    tuned ones, and that of the model's own; measured where not given. Raises ConfigError for models of one layer, DataError for texts without targets.
+    tune_rows: of another text, for tune_steps. costs: by kind of exit, `norm` for the untuned and `mlp` for the tuned
+    ones, and that of the model's own; measured where not given. Raises ConfigError for models of one layer, DataError
+    for texts without targets.
     """
     last = model.config.num_layers
     if last < 2:

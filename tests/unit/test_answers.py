@@ -21,6 +21,7 @@ def test_case_punctuation_and_articles_do_not_count():
         ("", "Denver", 0),
         ("the", "a", 1),
         ("no no no", "no", 0.5),
+        ("no no maybe", "no no", 0.8),
     ],
 )
 def test_f1_counts_each_word_as_often_as_it_stands_there(answer, right, f1):
