@@ -16,7 +16,8 @@ from eellm.config.check import check_at_least
 from eellm.config.infer import PolicyName
 from eellm.errors import ConfigError
 from eellm.evaluate.rule import ExitRule
-from eellm.evaluate.tasks import LEGEND, Report, TasksConfig, cost_cells, run_tasks, score_cells
+from eellm.evaluate.task_tables import LEGEND, cost_cells, score_cells
+from eellm.evaluate.tasks import Report, TasksConfig, run_tasks
 from eellm.exits.lm import EarlyExitLM
 from eellm.log import log
 

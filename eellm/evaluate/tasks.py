@@ -9,6 +9,7 @@ lm-eval says, mostly from a hub.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,6 @@ import numpy as np
 
 from eellm.errors import ConfigError, DataError, did_you_mean
 from eellm.evaluate.rule import ExitRule
-from eellm.evaluate.tables import Cells
 from eellm.exits.lm import EarlyExitLM
 from eellm.infer.request import make_scoring
 from eellm.log import log
@@ -135,10 +135,9 @@ def check_rule(model: EarlyExitLM, rule: ExitRule) -> None:
 def _harness() -> Any:
     """The module that needs lm-eval."""
     try:
-        from eellm.evaluate import harness
+        return import_module("eellm.evaluate.harness")
     except ImportError as error:
         raise ConfigError(f"tasks need one more package ({error.name}): pip install 'eellm[eval]'") from None
-    return harness
 
 
 def _ask(
@@ -270,50 +269,3 @@ def _sample(task: str, rule: str, line: Mapping[str, Any]) -> dict[str, Any]:
     said = [response[0] if len(response) == 1 else response for response in line["resps"]]
     measures = {metric: line[metric] for metric in line["metrics"]}
     return {"task": task, "rule": rule, "doc": line["doc_id"], "said": said, "right": line["target"], **measures}
-
-
-def score_cells(report: Mapping[str, Any]) -> dict[str, Cells]:
-    """By title, a table for each task: one row per measure and rule. report: as JSON."""
-    first = report["costs"][0]["rule"]
-    tables = {}
-    for task in dict.fromkeys(score["task"] for score in report["scores"]):
-        scores = [score for score in report["scores"] if score["task"] == task]
-        scores.sort(key=lambda score: score["metric"])  # stable: the rules stay in their order
-        headers = ("measure", "depth", "value", "95%", "change", "95%")
-        rows = tuple(_row(score, is_first=score["rule"] == first) for score in scores)
-        tables[f"{task}, documents: {scores[0]['num_docs']}"] = Cells(headers, rows)
-    return tables
-
-
-def cost_cells(report: Mapping[str, Any]) -> dict[str, Cells]:
-    """What each rule's answers took, with a title. report: as JSON."""
-    first = report["costs"][0]["layers"]
-    rows = []
-    for cost in report["costs"]:
-        total = sum(cost["exits"].values())
-        exits = ", ".join(f"{layer}: {number / total:.0%}" for layer, number in cost["exits"].items())
-        layers = "–" if cost["layers"] is None else f"{cost['layers'] / first:.0%}"
-        rows.append((cost["rule"], layers, exits, str(cost["truncated"])))
-    return {"What it took": Cells(("depth", "layers", "tokens by exit", "cut"), tuple(rows))}
-
-
-LEGEND = (
-    "95% = interval over documents. change = to full depth on the same documents: where its interval holds 0, none can "
-    "be seen. layers = passes through a layer while generating, over full depth's. cut = requests that lost their "
-    "beginning, being longer than the model's context."
-)
-
-
-def _row(score: Mapping[str, Any], *, is_first: bool) -> tuple[str, ...]:
-    return (
-        score["metric"],
-        score["rule"],
-        f"{score['value']:.3g}",
-        _interval(score["interval"], ""),
-        "" if is_first else f"{score['difference']:+.2g}",
-        "" if is_first else _interval(score["difference_interval"], "+"),
-    )
-
-
-def _interval(ends: Sequence[float], sign: str) -> str:
-    return f"{ends[0]:{sign}.2g}, {ends[1]:{sign}.2g}" if sign else f"{ends[0]:.3g}–{ends[1]:.3g}"

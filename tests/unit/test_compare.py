@@ -5,7 +5,8 @@ from statistics import mean
 import numpy as np
 import pytest
 
-from eellm.evaluate.tasks import FILES, LOCAL, compare, cost_cells, score_cells
+from eellm.evaluate.task_tables import cost_cells, score_cells
+from eellm.evaluate.tasks import FILES, LOCAL, compare
 
 
 def test_the_interval_is_that_of_the_mean_of_many_draws():
