@@ -22,6 +22,8 @@ VERBS = {
     "bench": ("eellm.cli.bench", "measure how fast a model decodes here: methods, batch sizes, 8 and 4 bits"),
     "calibrate": ("eellm.cli.calibrate", "learn thresholds whose risk is shown to stay below a bound"),
     "evaluate": ("eellm.cli.evaluate", "measure each exit on a text; quality against speed over thresholds"),
+    "suit": ("eellm.cli.suit", "say whether a model suits early exits here, and after which layers they would go"),
+    "tasks": ("eellm.cli.tasks", "ask lm-eval's tasks, at full depth and under exit rules, with intervals"),
 }
 
 

@@ -166,19 +166,19 @@ class Engine:
         **fields: Any,
     ) -> list[Score]:
         """Log-likelihood of each text but its first token, given what comes before; of a pair (context, continuation)
-        that of the continuation.
+        that of the continuation. Short texts go through the model together.
 
         At full depth; at the exit of layer `exit`; or, with a `risk`, `policy` or `threshold` (and `exits`, as in
         `submit`), each token at the exit that it would take. top_logprobs: how many of the likeliest tokens each place
         tells. Raises RequestError for a text that can't be scored.
         """
-        scored = []
-        for text in texts:
-            request, first = make_scoring(self.model, text, exit, fields)
-            self._check_certified(request)
-            rule = (request.thresholds, request.policy)
-            scored.append(score(self._whole_network(), request.tokens, first, *rule, top_logprobs=top_logprobs))
-        return scored
+        made = [make_scoring(self.model, text, exit, fields) for text in texts]
+        if not made:
+            return []
+        rule = made[0][0]  # all have the same
+        self._check_certified(rule)
+        tokens = [(request.tokens, first) for request, first in made]
+        return score(self._whole_network(), tokens, rule.thresholds, rule.policy, top_logprobs=top_logprobs)
 
     def step(self) -> bool:
         """One tick for everyone. Returns whether there was anything to do. Raises WorkerError where a worker is lost;

@@ -43,6 +43,10 @@ OPTIONS = {
     "evaluate": """
         model text adapter curve out policy exits new-tokens seq-len max-tokens batch-size dtype device json
     """,
+    "suit": "model text adapter out tune-steps tune-lr precision seq-len max-tokens batch-size dtype device json",
+    "tasks": """
+        model tasks data include adapter exit threshold policy exits limit fewshot chat batch-size out dtype device json
+    """,
     "serve": """
         model adapter name models host port api-keys open-to-all allowed-hosts cors-origins max-batch max-waiting
         max-tokens max-body-bytes max-stops max-stop-chars method quantize compile workers shadow dtype device warm-up
@@ -102,6 +106,7 @@ LIGHT = """
     eellm.data.prepare eellm.data.sources eellm.cli.main eellm.cli.options
     eellm.train.check eellm.train.weights eellm.train.dropout eellm.cli.plan eellm.config.plan
     eellm.cli.serve eellm.config.serve eellm.evaluate.risk eellm.evaluate.path eellm.evaluate.rouge eellm.infer.shadow
+    eellm.evaluate.advice eellm.evaluate.answers eellm.evaluate.rule eellm.infer.costs eellm.infer.guard
 """
 LIGHT += " ".join(
     f"eellm.{layer}.{path.stem}" for layer in ("schedule", "plan") for path in (ROOT / "eellm" / layer).glob("[!_]*.py")
