@@ -23,6 +23,7 @@ from eellm.infer.handle import Handle
 from eellm.infer.loop import Loop
 from eellm.infer.measure import measured
 from eellm.infer.network import Network
+from eellm.infer.packing import Packed
 from eellm.infer.pipelined.crew import Crew
 from eellm.infer.pipelined.loop import PipelinedLoop, PipelinedMemory, PipelinedScheduler
 from eellm.infer.pipelined.start import join, make_pipeline
@@ -51,6 +52,7 @@ class Engine:
         cache_dir: Path | None = None,
         workers: int = 1,
         timeout_s: float = 60.0,
+        packed: Packed | None = None,
     ) -> None:
         """model: a model, or what `eellm.load` takes. max_batch: requests served at the same time; others wait for
         their turn. max_tokens: the most that one request may have, prompt and new tokens together; memory for keys
@@ -62,7 +64,8 @@ class Engine:
         workers: processes that share the model's layers, this one among them; each of them computes with its part of
         this one's threads. Under torchrun they are its processes, with the threads that they have: on rank 0 this is
         the engine, on the others it serves until the engine closes, and then ends the process. timeout_s: without a
-        sign of life, after which a worker is given up."""
+        sign of life, after which a worker is given up. packed: where engines of models that share parameters share the
+        matrices made of them; not with workers."""
         if workers < 1:
             raise ConfigError(f"workers = {workers}: must be at least 1")
         group = join(workers) if workers > 1 else None
@@ -71,7 +74,7 @@ class Engine:
         self.failure: WorkerError | None = None
         self.crew: Crew | None = None
         if workers == 1:
-            self.network = network_of(self.model, quantize, cache_dir, compile)
+            self.network = network_of(self.model, quantize, cache_dir, compile, packed)
             self.memory = self.network.new_memory()
             self.scheduler = Scheduler(self._costs)
             self.loop = Loop(self.network, self.memory, self.scheduler)
