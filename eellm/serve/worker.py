@@ -226,6 +226,7 @@ class Worker:
         if self._jobs.pop(job, 0) is None:
             assert job.handle is not None, "it has begun"
             job.handle.cancel()
+            self.num_running = len(self.engine.running)
             self._post(self._deliver, [(job, self._last(job, []))])
 
     def _hand_over(self) -> None:

@@ -51,6 +51,7 @@ def test_a_client_that_leaves_frees_its_slot_before_the_next_step_but_one(server
         eventually(lambda: server.engine.stats().num_running == 0)
         assert server.engine.num_ticks <= 4
     eventually(server.is_idle)
+    assert 'eellm_num_requests_running{model="tiny"} 0.0' in server.get("/metrics").text
     assert ask(server).status_code == 200
 
 
