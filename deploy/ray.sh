@@ -7,6 +7,7 @@ place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
 
 bash "$here/deploy/install.sh" "$here" "$place/venv"
-"$place/venv/bin/python" -m pip install --quiet "ray[serve]>=2.60" "openai>=2" "httpx>=0.28" "pytest>=8" "pytest-timeout>=2.3"
+"$place/venv/bin/python" -m pip install --quiet "ray[serve]>=2.60" "openai>=2" "httpx>=0.28" \
+    "pytest>=8" "pytest-timeout>=2.3" "hypothesis>=6"
 cd "$here"
 "$place/venv/bin/python" -m pytest tests/serve/test_ray.py

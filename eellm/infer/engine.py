@@ -33,7 +33,7 @@ from eellm.infer.request import Prompt, check_prompts, make_request, make_scorin
 from eellm.infer.result import EngineStats, Generation
 from eellm.infer.sampling import Sampler
 from eellm.infer.scheduler import Scheduler
-from eellm.infer.score import Score, score
+from eellm.infer.score import Score, Scoring
 from eellm.infer.sequence import Sequence
 from eellm.infer.slots import Slots
 
@@ -170,11 +170,19 @@ class Engine:
         """
         scored = []
         for text in texts:
-            request, first = make_scoring(self.model, text, exit, fields)
-            policy = request.options.policy
-            network = self._whole_network()
-            scored.append(score(network, request.tokens, first, request.thresholds, policy, top_logprobs=top_logprobs))
+            scoring = self.scoring(text, exit=exit, top_logprobs=top_logprobs, **fields)
+            while scoring.advance():
+                pass
+            scored.append(scoring.result())
         return scored
+
+    def scoring(
+        self, text: Prompt | tuple[Prompt, Prompt], *, exit: int | None = None, top_logprobs: int = 0, **fields: Any
+    ) -> Scoring:
+        """`score` for one text, which goes through the model a part at a time: for between two steps."""
+        request, first = make_scoring(self.model, text, exit, fields)
+        policy, network = request.options.policy, self._whole_network()
+        return Scoring(network, request.tokens, first, request.thresholds, policy, top_logprobs=top_logprobs)
 
     def step(self) -> bool:
         """One tick for everyone. Returns whether there was anything to do. Raises WorkerError where a worker is lost;

@@ -21,7 +21,7 @@ from eellm.infer.network import Network
 from eellm.infer.readout import likeliest
 
 CHUNK = 128
-"""Rows that have their logits at a time."""
+"""Rows that have their logits at a time, and for which others wait at the most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,40 +46,56 @@ class Score:
         return sum(self.logprobs)
 
 
-@torch.inference_mode()
-def score(
-    network: Network,
-    tokens: Sequence[int],
-    first: int,
-    thresholds: Mapping[int, float],
-    policy: str,
-    *,
-    top_logprobs: int = 0,
-) -> Score:
-    """Scores `tokens[first:]`, each given all before it.
+class Scoring:
+    """One text on its way: `advance` until it is over, then `result`."""
 
-    first: at least 1. thresholds: by the layers of the exits in use; a threshold of 0 always takes the exit.
-    top_logprobs: how many of the likeliest tokens are told in each place.
-    """
-    assert 1 <= first < len(tokens), "a token is scored given those before it"
-    memory = network.new_memory()
-    memory.reserve(1, len(tokens))
-    reader = _Reader(network, memory, thresholds, policy, top_logprobs)
-    parts = []
-    for start in range(0, len(tokens) - 1, CHUNK):
-        end = min(start + CHUNK, len(tokens) - 1)
-        rows = network.rows([Span(0, start, end - start)])
-        skipped = min(max(0, first - 1 - start), end - start)
-        parts.append(reader.read(tokens[start:end], tokens[start + 1 : end + 1], rows, skipped))
-    logprobs, exits, confidences, likeliest = (torch.cat(column).tolist() for column in zip(*parts, strict=True))
-    return Score(
-        tokens=list(tokens[first:]),
-        logprobs=logprobs,
-        exits=exits,
-        confidences=confidences,
-        is_likeliest=likeliest,
-        top=[reader.top.get(i, ()) for i in range(first - 1, len(tokens) - 1)],
-    )
+    def __init__(
+        self,
+        network: Network,
+        tokens: Sequence[int],
+        first: int,
+        thresholds: Mapping[int, float],
+        policy: str,
+        *,
+        top_logprobs: int = 0,
+    ) -> None:
+        """To score `tokens[first:]`, each given all before it.
+
+        first: at least 1. thresholds: by the layers of the exits in use; a threshold of 0 always takes the exit.
+        top_logprobs: how many of the likeliest tokens are told in each place.
+        """
+        assert 1 <= first < len(tokens), "a token is scored given those before it"
+        self._network, self._tokens, self._first = network, tokens, first
+        memory = network.new_memory()
+        memory.reserve(1, len(tokens))
+        self._reader = _Reader(network, memory, thresholds, policy, top_logprobs)
+        self._parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self._start = 0
+
+    @torch.inference_mode()
+    def advance(self) -> bool:
+        """Takes at most CHUNK tokens through the model. Returns whether there are more."""
+        start, tokens = self._start, self._tokens
+        end = self._start = min(start + CHUNK, len(tokens) - 1)
+        rows = self._network.rows([Span(0, start, end - start)])
+        skipped = min(max(0, self._first - 1 - start), end - start)
+        self._parts.append(self._reader.read(tokens[start:end], tokens[start + 1 : end + 1], rows, skipped))
+        return end < len(tokens) - 1
+
+    def result(self) -> Score:
+        tokens, first = self._tokens, self._first
+        assert self._start == len(tokens) - 1, "it is over"
+        logprobs, exits, confidences, likeliest = (
+            torch.cat(column).tolist() for column in zip(*self._parts, strict=True)
+        )
+        return Score(
+            tokens=list(tokens[first:]),
+            logprobs=logprobs,
+            exits=exits,
+            confidences=confidences,
+            is_likeliest=likeliest,
+            top=[self._reader.top.get(i, ()) for i in range(first - 1, len(tokens) - 1)],
+        )
 
 
 class _Reader:

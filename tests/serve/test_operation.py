@@ -1,5 +1,6 @@
 """A server's life: what it is told, how it starts, how it ends, and several models in one."""
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -144,6 +145,35 @@ def test_sigterm_ends_a_process_with_0_after_its_running_requests(directory, tmp
     logged = [json.loads(line) for line in err.splitlines() if line.startswith("{")]
     assert [line["new_tokens"] for line in logged if line["path"] == "/v1/completions"] == [3000]
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_two_signals_end_a_process_at_once_while_streams_run_and_every_client_hears_of_it(directory, number):
+    command = [sys.executable, "-m", "eellm", "serve", str(directory / "serve.toml"), "--drain-s", "1000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        url = process.stdout.readline().split()[-1]
+        fields = LONG | {"stream": True}
+        with contextlib.ExitStack() as stack:
+            streams = []
+            for name in ("base", "one", "two") * 4:
+                body = fields | {"model": name}
+                run = stack.enter_context(httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60))
+                streams.append(run.iter_lines())
+                assert next(streams[-1]).startswith("data: {")
+            process.send_signal(number)
+            eventually(lambda: httpx.get(f"{url}/ready").status_code == 503)
+            process.send_signal(number)
+            ends = [[line for line in lines if line][-2:] for lines in streams]
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == (0 if number == signal.SIGTERM else 130)
+    assert "Traceback" not in err
+    for error, done in ends:
+        assert done == "data: [DONE]"
+        is_cut = json.loads(error.removeprefix("data: ")).get("error", {}).get("code") == "shutting_down"
+        assert is_cut or '"finish_reason":"length"' in error
 
 
 # --- several models ---
