@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs Ray beside the server, in an environment of its own, and runs the test of examples/ray_serve.py: two replicas on
-# a local Ray. Takes about two minutes.
+# a local Ray. Takes two to three minutes.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 place=$(mktemp -d)
