@@ -20,7 +20,7 @@ class ServedModel:
     name: str
     """What requests call it."""
     adapter: Path | None = None
-    """A directory with exits for this model. Adapters of one base directory share its weights as they are loaded."""
+    """A directory with exits for this model. Adapters of one base directory share its weights."""
 
     def __post_init__(self) -> None:
         if not self.name or not self.name.isprintable():

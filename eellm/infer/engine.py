@@ -23,6 +23,7 @@ from eellm.infer.handle import Handle
 from eellm.infer.loop import Loop
 from eellm.infer.measure import measured
 from eellm.infer.network import Network
+from eellm.infer.packing import Packed
 from eellm.infer.pipelined.crew import Crew
 from eellm.infer.pipelined.loop import PipelinedLoop, PipelinedMemory, PipelinedScheduler
 from eellm.infer.pipelined.start import join, make_pipeline
@@ -32,7 +33,7 @@ from eellm.infer.request import Prompt, Request, check_prompts, make_request, ma
 from eellm.infer.result import EngineStats, Generation
 from eellm.infer.sampling import Sampler
 from eellm.infer.scheduler import Scheduler
-from eellm.infer.score import Score, score
+from eellm.infer.score import Score, Scoring
 from eellm.infer.sequence import Sequence
 from eellm.infer.shadow import Shadow
 from eellm.infer.slots import Slots
@@ -53,6 +54,7 @@ class Engine:
         workers: int = 1,
         timeout_s: float = 60.0,
         shadow: float = 0.0,
+        packed: Packed | None = None,
     ) -> None:
         """model: a model, or what `eellm.load` takes. max_batch: requests served at the same time; others wait for
         their turn. max_tokens: the most that one request may have, prompt and new tokens together; memory for keys
@@ -65,7 +67,8 @@ class Engine:
         this one's threads. Under torchrun they are its processes, with the threads that they have: on rank 0 this is
         the engine, on the others it serves until the engine closes, and then ends the process. timeout_s: without a
         sign of life, after which a worker is given up. shadow: share of the tokens that are held against the final
-        exit after they left early, to see whether certificates still hold (see `stats`); not with workers."""
+        exit after they left early, to see whether certificates still hold (see `stats`); not with workers. packed:
+        where engines of models that share parameters share the matrices made of them; not with workers."""
         if workers < 1:
             raise ConfigError(f"workers = {workers}: must be at least 1")
         if workers > 1 and shadow > 0:
@@ -76,7 +79,7 @@ class Engine:
         self.failure: WorkerError | None = None
         self.crew: Crew | None = None
         if workers == 1:
-            self.network = network_of(self.model, quantize, cache_dir, compile)
+            self.network = network_of(self.model, quantize, cache_dir, compile, packed)
             self.memory = self.network.new_memory()
             self.scheduler = Scheduler(self._costs)
             self.loop = Loop(self.network, self.memory, self.scheduler)
@@ -172,13 +175,27 @@ class Engine:
         `submit`), each token at the exit that it would take. top_logprobs: how many of the likeliest tokens each place
         tells. Raises RequestError for a text that can't be scored.
         """
-        made = [make_scoring(self.model, text, exit, fields) for text in texts]
-        if not made:
+        if not texts:
             return []
+        scoring = self.scoring(texts, exit=exit, top_logprobs=top_logprobs, **fields)
+        while scoring.advance():
+            pass
+        return scoring.result()
+
+    def scoring(
+        self,
+        texts: SequenceOf[Prompt | tuple[Prompt, Prompt]],
+        *,
+        exit: int | None = None,
+        top_logprobs: int = 0,
+        **fields: Any,
+    ) -> Scoring:
+        """`score` for at least one text, a part at a time: for between two steps."""
+        made = [make_scoring(self.model, text, exit, fields) for text in texts]
         rule = made[0][0]  # all have the same
         self._check_certified(rule)
         tokens = [(request.tokens, first) for request, first in made]
-        return score(self._whole_network(), tokens, rule.thresholds, rule.policy, top_logprobs=top_logprobs)
+        return Scoring(self._whole_network(), tokens, rule.thresholds, rule.policy, top_logprobs=top_logprobs)
 
     def step(self) -> bool:
         """One tick for everyone. Returns whether there was anything to do. Raises WorkerError where a worker is lost;

@@ -19,7 +19,7 @@ from eellm.infer.angles import Angles
 from eellm.infer.attention import PackedRows, PassRows, Span
 from eellm.infer.memory import Memory
 from eellm.infer.network import Answer, Network
-from eellm.infer.packing import Packer
+from eellm.infer.packing import Packed, Packer
 from eellm.infer.quantize import Quantize
 from eellm.infer.weights import Matrix
 from eellm.model.layers import MLP, Layer, RMSNorm
@@ -32,10 +32,12 @@ class PackedNetwork(Network):
         quantize: Quantize | None = None,
         layers: range | None = None,
         cache_dir: Path | None = None,
+        packed: Packed | None = None,
     ) -> None:
-        """Copies the model's weights; quantize: into matrices of so many bits. cache_dir: where those are kept."""
+        """Copies the model's weights; quantize: into matrices of so many bits. cache_dir: where those are kept. packed:
+        matrices that others have made."""
         super().__init__(model, layers)
-        decoder, packer = model.decoder, Packer(quantize, cache_dir)
+        decoder, packer = model.decoder, Packer(quantize, cache_dir, packed)
         self.angles = Angles(self.config, dtype=self.dtype, device=self.device)
         self.layers = {n: PackedLayer(decoder.layer(n), packer) for n in self.held}
         is_last = self.config.num_layers in self.held

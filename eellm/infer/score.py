@@ -8,6 +8,7 @@ logits, is known from one pass over the text. The first token has nothing before
 Shapes: N rows of a chunk, n of them, D hidden, V vocabulary.
 """
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from eellm.infer.network import Network
 from eellm.infer.readout import likeliest
 
 CHUNK = 128
-"""Rows that have their logits at a time."""
+"""Rows that have their logits at a time, and for which others wait at the most."""
 MAX_TEXTS = 16
 """Texts in a chunk, at most."""
 ROOM = 4096
@@ -51,47 +52,66 @@ class Score:
         return sum(self.logprobs)
 
 
-@torch.inference_mode()
-def score(
-    network: Network,
-    texts: Sequence[tuple[Sequence[int], int]],
-    thresholds: Mapping[int, float],
-    policy: str,
-    *,
-    top_logprobs: int = 0,
-) -> list[Score]:
-    """Scores `tokens[first:]` of each text (tokens, first), each token given all before it.
+class Scoring:
+    """Texts on their way through the model: `advance` until they are over, then `result`."""
 
-    first: at least 1. thresholds: by the layers of the exits in use; a threshold of 0 always takes the exit.
-    top_logprobs: how many of the likeliest tokens are told in each place.
-    """
-    assert all(1 <= first < len(tokens) for tokens, first in texts), "a token is scored given those before it"
-    lengths = [len(tokens) - 1 for tokens, _ in texts]
-    num_slots = min(MAX_TEXTS, max(1, ROOM // max(lengths, default=1)), max(len(texts), 1))
-    memory = network.new_memory()
-    memory.reserve(num_slots, max(lengths, default=1))
-    reader = _Reader(network, memory, thresholds, policy, top_logprobs)
-    found = [_Found() for _ in texts]
-    for parts in _chunks(lengths, num_slots):
+    def __init__(
+        self,
+        network: Network,
+        texts: Sequence[tuple[Sequence[int], int]],
+        thresholds: Mapping[int, float],
+        policy: str,
+        *,
+        top_logprobs: int = 0,
+    ) -> None:
+        """To score `tokens[first:]` of each text (tokens, first), each token given all before it.
+
+        first: at least 1. thresholds: by the layers of the exits in use; a threshold of 0 always takes the exit.
+        top_logprobs: how many of the likeliest tokens are told in each place.
+        """
+        assert all(1 <= first < len(tokens) for tokens, first in texts), "a token is scored given those before it"
+        lengths = [len(tokens) - 1 for tokens, _ in texts]
+        self._network, self._texts = network, texts
+        self._num_slots = min(MAX_TEXTS, max(1, ROOM // max(lengths, default=1)), max(len(texts), 1))
+        memory = network.new_memory()
+        memory.reserve(self._num_slots, max(lengths, default=1))
+        self._reader = _Reader(network, memory, thresholds, policy, top_logprobs)
+        self._found = [_Found() for _ in texts]
+        self._chunks = deque(_chunks(lengths, self._num_slots))
+
+    @torch.inference_mode()
+    def advance(self) -> bool:
+        """Takes at most CHUNK tokens through the model. Returns whether there are more."""
+        if self._chunks:
+            self._take(self._chunks.popleft())
+        return bool(self._chunks)
+
+    def _take(self, parts: "list[_Part]") -> None:
+        texts = self._texts
         # NOTE a slot is taken again by a later text: what it held behind that text's rows is under the mask
-        rows = network.rows([Span(part.text % num_slots, part.start, part.end - part.start) for part in parts])
+        spans = [Span(part.text % self._num_slots, part.start, part.end - part.start) for part in parts]
         tokens = [token for part in parts for token in texts[part.text][0][part.start : part.end]]
         targets = [token for part in parts for token in texts[part.text][0][part.start + 1 : part.end + 1]]
         owners = [part.text for part in parts for _ in range(part.start, part.end)]
         places = [row for part in parts for row in range(part.start, part.end)]
         asked = [i for i, (text, row) in enumerate(zip(owners, places, strict=True)) if row >= texts[text][1] - 1]
-        reader.read(tokens, targets, rows, asked, [found[owners[i]] for i in asked])
-    return [
-        Score(
-            tokens=list(tokens[first:]),
-            logprobs=one.logprobs,
-            exits=one.exits,
-            confidences=one.confidences,
-            is_likeliest=one.is_likeliest,
-            top=one.top,
-        )
-        for (tokens, first), one in zip(texts, found, strict=True)
-    ]
+        found = [self._found[owners[i]] for i in asked]
+        self._reader.read(tokens, targets, self._network.rows(spans), asked, found)
+
+    def result(self) -> list[Score]:
+        """One score for each text."""
+        assert not self._chunks, "they are over"
+        return [
+            Score(
+                tokens=list(tokens[first:]),
+                logprobs=one.logprobs,
+                exits=one.exits,
+                confidences=one.confidences,
+                is_likeliest=one.is_likeliest,
+                top=one.top,
+            )
+            for (tokens, first), one in zip(self._texts, self._found, strict=True)
+        ]
 
 
 class _Part(NamedTuple):
