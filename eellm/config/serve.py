@@ -71,6 +71,8 @@ class ServeConfig:
     """Run kernels that the machine's C++ compiler builds once for its processor, where they can run the model."""
     workers: int = 1
     """Processes that share the layers."""
+    tp: int = 1
+    """So many of the workers share each matrix of a stage (tensor parallel); workers is a multiple of it."""
     dtype: str = "float32"
     """Of the computation: float32, bfloat16, float16 or float64."""
     device: str = "cpu"
@@ -93,7 +95,7 @@ class ServeConfig:
         if self.quantize is not None:
             check_choice("quantize", self.quantize, ("int8", "int4"))
         check_at_least(self, 0, "port", "max_waiting", "max_stops", "stream_s", "drain_s")
-        check_at_least(self, 1, "max_batch", "max_tokens", "max_body_bytes", "max_stop_chars", "workers")
+        check_at_least(self, 1, "max_batch", "max_tokens", "max_body_bytes", "max_stop_chars", "workers", "tp")
         check_at_least(self, 1e-3, "deadline_s", "body_s")
         if self.port > 65535:
             raise ConfigError(f"port = {self.port}: must be at most 65535")

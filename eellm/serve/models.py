@@ -50,6 +50,7 @@ def make_served(name: str, model: EarlyExitLM, config: ServeConfig, *, cache_dir
         compile=None if config.compile else False,
         cache_dir=cache_dir,
         workers=config.workers,
+        tp=config.tp,
     )
     if config.warm_up:
         engine.generate([[0]], method="auto", max_new_tokens=2, ignore_eos=True)
