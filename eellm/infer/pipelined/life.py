@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 import torch
+import torch.distributed as dist
 
 from eellm.infer.pipelined.wire import FOREVER, Group, PeerLostError, wait_for
 
@@ -38,11 +39,12 @@ def live_with_engine(group: Group, is_waiting: Callable[[], bool]) -> None:
 def waiting(group: Group, ranks: Iterable[int]) -> set[int]:
     """In the engine's: those of the workers who say within `ANSWER_S` that they wait for others of their stage."""
     answers = {rank: torch.full((1,), NO_ANSWER) for rank in ranks}
+    transfers: list[dist.Work] = []  # NOTE dropped, they would never happen
     for rank, answer in answers.items():
         # NOTE no wait for these: gloo breaks all connections of a group once one wait in it has timed out
         with suppress(RuntimeError):  # the connection is broken already
-            group.send([torch.zeros(1)], rank, LIFE_TAG)
-            group.recv([answer], rank, LIFE_TAG + 1)
+            transfers.append(group.send([torch.zeros(1)], rank, LIFE_TAG))
+            transfers.append(group.recv([answer], rank, LIFE_TAG + 1))
     deadline = time.monotonic() + ANSWER_S
     while any(answer == NO_ANSWER for answer in answers.values()) and time.monotonic() < deadline:
         time.sleep(0.001)
