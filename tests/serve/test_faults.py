@@ -276,8 +276,9 @@ def test_when_the_engine_is_lost_everybody_hears_of_it_and_nobody_hangs(model, e
         assert server.worker.num_open == 0
 
 
-def test_a_worker_process_that_is_killed_ends_what_runs_with_503(model):
-    with serving({"tiny": model}, workers=2, max_tokens=4096) as server, raw(server) as running:
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_worker_process_that_is_killed_ends_what_runs_with_503(model, tp):
+    with serving({"tiny": model}, workers=2, tp=tp, max_tokens=4096) as server, raw(server) as running:
         running.sendall(request_bytes(LONG, headers=["connection: close"]))
         eventually(lambda: server.worker.num_running == 1)
         os.kill(server.engine.crew.pids[0], signal.SIGKILL)
