@@ -42,6 +42,16 @@ def tiny_model(*, seed=0, dtype="float64", sureness=1.0, **changes) -> eellm.Ear
     return model
 
 
+@torch.no_grad()
+def biased_model():
+    """Everything can be halved, and every bias counts."""
+    model = tiny_model(seed=0, vocab_size=30, qkv_bias=True, attention_out_bias=True, mlp_bias=True)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.copy_(torch.linspace(-0.2, 0.3, parameter.numel()).view_as(parameter))
+    return model
+
+
 @torch.inference_mode()
 def oracle(model, prompt, *, num_tokens, thresholds, policy="max_prob"):
     """Greedy early-exit decoding without any cache: `model(tokens)` anew for each token.

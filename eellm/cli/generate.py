@@ -67,6 +67,8 @@ class Options:
     """Run kernels that the machine's C++ compiler builds once for its processor, where they can run the model."""
     workers: int = 1
     """Processes that share the layers; `pipelined` needs two or more."""
+    tp: int = 1
+    """So many of the workers share each matrix of a stage (tensor parallel)."""
     temperature: float = 0.0
     """0: greedy."""
     top_k: int = 0
@@ -105,6 +107,7 @@ def main(args: list[str]) -> None:
         "compile": None if options.compile else False,
         "cache_dir": CACHE_DIR,
         "workers": options.workers,
+        "tp": options.tp,
     }
     with Engine(model, max_batch=1, max_tokens=limit, **settings) as engine:
         run = engine.submit(prompt, config)

@@ -22,11 +22,12 @@ from eellm.infer.decode.make import Methods
 from eellm.infer.handle import Handle
 from eellm.infer.loop import Loop
 from eellm.infer.measure import measured
+from eellm.infer.memory import Memory
 from eellm.infer.network import Network
 from eellm.infer.packing import Packed
 from eellm.infer.pipelined.crew import Crew
-from eellm.infer.pipelined.loop import PipelinedLoop, PipelinedMemory, PipelinedScheduler
-from eellm.infer.pipelined.start import join, make_pipeline
+from eellm.infer.pipelined.loop import PipelinedMemory
+from eellm.infer.pipelined.start import check_workers, join, make_pipeline
 from eellm.infer.prepare import network_of
 from eellm.infer.quantize import Quantize
 from eellm.infer.request import Prompt, Request, check_prompts, make_request, make_scoring
@@ -52,6 +53,7 @@ class Engine:
         compile: bool | None = None,
         cache_dir: Path | None = None,
         workers: int = 1,
+        tp: int = 1,
         timeout_s: float = 60.0,
         shadow: float = 0.0,
         packed: Packed | None = None,
@@ -65,40 +67,41 @@ class Engine:
 
         workers: processes that share the model's layers, this one among them; each of them computes with its part of
         this one's threads. Under torchrun they are its processes, with the threads that they have: on rank 0 this is
-        the engine, on the others it serves until the engine closes, and then ends the process. timeout_s: without a
-        sign of life, after which a worker is given up. shadow: share of the tokens that are held against the final
-        exit after they left early, to see whether certificates still hold (see `stats`); not with workers. packed:
-        where engines of models that share parameters share the matrices made of them; not with workers."""
-        if workers < 1:
-            raise ConfigError(f"workers = {workers}: must be at least 1")
+        the engine, on the others it serves until the engine closes, and then ends the process. tp: so many of them
+        share each matrix of a stage. timeout_s: without a sign of life, after which a worker is given up. shadow: share
+        of the tokens that are held against the final exit after they left early, to see whether certificates still hold
+        (see `stats`); not with workers. packed: where engines of models that share parameters share the matrices made
+        of them; not with workers."""
+        check_workers(workers, tp, compile)
         if workers > 1 and shadow > 0:
             raise ConfigError(f"shadow = {shadow}: tokens can't be checked across workers; leave one of the two out")
-        group = join(workers) if workers > 1 else None
+        met = join(workers, tp) if workers > 1 else None
         self.model = load(model) if isinstance(model, str | Path) else model
         self.quantize, self.compile, self.cache_dir = quantize, compile, cache_dir
         self.failure: WorkerError | None = None
         self.crew: Crew | None = None
         if workers == 1:
             self.network = network_of(self.model, quantize, cache_dir, compile, packed)
-            self.memory = self.network.new_memory()
-            self.scheduler = Scheduler(self._costs)
-            self.loop = Loop(self.network, self.memory, self.scheduler)
+            memory = self.network.new_memory()
+            self.memory: Memory | PipelinedMemory = memory
+            self.loop = Loop(self.network, memory, Scheduler(self._costs))
         else:
             pipeline = make_pipeline(
                 self.model,
                 workers,
-                group,
+                tp,
+                met,
                 quantize=quantize,
                 compile=compile,
                 cache_dir=cache_dir,
                 max_batch=max_batch,
                 timeout_s=timeout_s,
+                costs=self._costs,
             )
             self.network, self.crew = pipeline.network, pipeline.crew
             weakref.finalize(self, self.crew.close)
-            self.memory = PipelinedMemory(self.network, self.crew)
-            self.scheduler = PipelinedScheduler(self._costs)
-            self.loop = PipelinedLoop(self.network, self.memory, self.scheduler, self.crew)
+            self.memory, self.loop = pipeline.memory, pipeline.loop
+        self.scheduler = self.loop.scheduler
         self.shadow = Shadow(shadow)
         self.methods = Methods(self._costs, self.shadow)
         self.slots = Slots(max_batch)
@@ -269,11 +272,11 @@ class Engine:
         return network.costs
 
     def _whole_network(self) -> Network:
-        """All layers. Where workers share them they come into this process's memory when they are first needed: to
-        score, and to know what drafts cost."""
-        return (
-            self.network if self.crew is None else network_of(self.model, self.quantize, self.cache_dir, self.compile)
-        )
+        """All layers. Where several stages share them they come into this process's memory when they are first needed:
+        to score, and to know what drafts cost."""
+        if len(self.network.held) == self.model.config.num_layers:
+            return self.network
+        return network_of(self.model, self.quantize, self.cache_dir, self.compile)
 
     def _check_certified(self, request: Request) -> None:
         """Raises CertificateError where the engine doesn't compute with the weights that the certificate is for."""
@@ -333,14 +336,16 @@ class Engine:
         seq.waiting = []
 
 
-def generate(model: EarlyExitLM, prompts: SequenceOf[Prompt], *, workers: int = 1, **fields: Any) -> list[Generation]:
-    """`Engine.generate` on an engine made for this call: the prompts are served together. workers: as `Engine`'s; to
-    start them takes seconds each time.
+def generate(
+    model: EarlyExitLM, prompts: SequenceOf[Prompt], *, workers: int = 1, tp: int = 1, **fields: Any
+) -> list[Generation]:
+    """`Engine.generate` on an engine made for this call: the prompts are served together. workers, tp: as `Engine`'s;
+    to start them takes seconds each time.
 
     Raises ConfigError or RequestError before anything is generated.
     """
     max_batch = max(1, min(len(check_prompts(prompts)), 16))
-    with Engine(model, max_batch=max_batch, max_tokens=model.config.max_seq_len, workers=workers) as engine:
+    with Engine(model, max_batch=max_batch, max_tokens=model.config.max_seq_len, workers=workers, tp=tp) as engine:
         return engine.generate(prompts, **fields)
 
 

@@ -58,6 +58,7 @@ def make_served(
         workers=config.workers,
         shadow=config.shadow,
         packed=packed,
+        tp=config.tp,
     )
     if config.warm_up:
         engine.generate([[0]], method="auto", max_new_tokens=2, ignore_eos=True)

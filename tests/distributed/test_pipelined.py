@@ -11,7 +11,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -20,11 +19,11 @@ from hypothesis import strategies as st
 import eellm
 from eellm.errors import ConfigError, WorkerError
 from eellm.infer.pipelined.start import stages_of
+from tests.engines import REQUESTS, ROOT, assert_same, check_mix, is_running, run_python, wait_until_ended
 from tests.models import EXITS, needs_compiler, tiny_config, tiny_model
 from tests.traffic import LONG, events
 from tests.unit.test_certificates import certificate_for
 
-ROOT = Path(__file__).parents[2]
 MODEL = tiny_model(seed=0)
 WINDOWED = tiny_model(seed=3, sliding_window=5, sliding_layers=(2, 5, 6), qk_norm=True, tie_embeddings=True)
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [1, 2, 3], LONG, [5], LONG[:40]]
@@ -43,16 +42,6 @@ def engine(request):
 @pytest.fixture(scope="module")
 def alone():
     return eellm.Engine(MODEL, max_batch=4)
-
-
-def assert_same(out, reference, *, exits=True):
-    assert out.tokens == reference.tokens
-    assert out.logprobs == pytest.approx(reference.logprobs, abs=1e-6)  # logits are float32
-    assert out.finish_reason == reference.finish_reason
-    if exits:
-        assert out.exits == reference.exits
-        assert out.confidences == pytest.approx(reference.confidences, abs=1e-6)
-        assert out.stats.heads_run == reference.stats.heads_run
 
 
 @pytest.mark.parametrize(
@@ -95,50 +84,11 @@ def test_with_kernels_of_our_own_workers_give_the_very_bits_of_one_process(worke
             assert (out.tokens, out.exits, out.logprobs) == (expected.tokens, expected.exits, expected.logprobs)
 
 
-requests = st.fixed_dictionaries(
-    {
-        "method": st.sampled_from(["full", "early", "pipelined", "speculative"]),
-        "threshold": st.sampled_from([0.0, 0.2, 0.4, 0.7]),
-        "always_draft": st.booleans(),
-        "max_new_tokens": st.integers(1, 14),
-        "max_deferred": st.sampled_from([1, 2, 16]),
-        "policy": st.sampled_from(["max_prob", "gate", "margin"]),
-        "exits": st.sampled_from([None, (1, 5), (2,), (3, 5)]),
-        "sampling": st.sampled_from([eellm.Sampling(), eellm.Sampling(temperature=0.8, seed=3)]),
-    }
-)
-
-
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(events=events(requests), chunk=st.sampled_from([3, 7, 256]))
+@given(events=events(REQUESTS), chunk=st.sampled_from([3, 7, 256]))
 def test_any_mix_of_requests_that_come_go_and_are_cancelled_gets_what_each_gets_alone(engine, alone, events, chunk):
     engine.scheduler.max_prompt_rows = chunk
-    handles = []
-    for kind, *rest in events:
-        if kind == "submit":
-            handles.append((engine.submit(rest[0], **rest[1]), rest))
-        elif kind == "step":
-            for _ in range(rest[0]):
-                engine.step()
-        elif handles:
-            handles[rest[0] % len(handles)][0].cancel()
-    for handle, (prompt, options) in handles:
-        out = handle.result()
-        method = "early" if options["method"] == "pipelined" else options["method"]
-        (expected,) = alone.generate([prompt], **options | {"method": method})
-        num = len(out.tokens)
-        is_sampled_draft = options["method"] == "speculative" and options["sampling"].temperature > 0
-        if out.finish_reason == "cancelled":
-            assert num < options["max_new_tokens"] or num == 0
-        else:
-            assert num == len(expected.tokens)
-        if is_sampled_draft:  # of the right distribution, but draws depend on how much was drafted
-            continue
-        assert out.tokens == expected.tokens[:num]
-        assert out.logprobs == pytest.approx(expected.logprobs[:num], abs=1e-6)
-        if options["method"] != "speculative":
-            assert out.exits == expected.exits[:num]
-    assert engine.stats().num_running == 0
+    check_mix(engine, alone, events)
 
 
 def test_rows_are_reused_and_copied_on_every_stage(engine, alone):
@@ -189,21 +139,6 @@ def test_stages_share_layers_by_what_exits_cost():
 
 
 # --- faults ---
-
-
-def is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-def wait_until_ended(pids, timeout_s=10.0):
-    deadline = time.monotonic() + timeout_s
-    while any(is_running(pid) for pid in pids):
-        assert time.monotonic() < deadline, f"processes {[pid for pid in pids if is_running(pid)]} are left"
-        time.sleep(0.02)
 
 
 def started(num_workers, **options):
@@ -270,11 +205,6 @@ def test_an_engine_that_is_forgotten_leaves_no_processes():
     del engine
     gc.collect()
     wait_until_ended(pids)
-
-
-def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    return subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize("end", ["raise RuntimeError('stop')", "os.kill(os.getpid(), 9)"])

@@ -295,8 +295,9 @@ def test_when_the_engine_is_lost_everybody_hears_of_it_and_nobody_hangs(model, e
         assert server.worker.num_open == 0
 
 
-def test_a_worker_process_that_is_killed_ends_what_runs_and_waits_with_503_and_is_named(model, caplog):
-    fields = {"workers": 2, "max_tokens": 4096, "max_batch": 2}
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_worker_process_that_is_killed_ends_what_runs_and_waits_with_503_and_is_named(model, caplog, tp):
+    fields = {"workers": 2, "tp": tp, "max_tokens": 4096, "max_batch": 2}
     with serving({"tiny": model}, **fields) as server, contextlib.ExitStack() as stack:
         whole, streamed, waiting = (stack.enter_context(raw(server)) for _ in range(3))
         whole.sendall(request_bytes(LONG, headers=["connection: close"]))

@@ -33,7 +33,7 @@ OPTIONS = {
     "generate": """
         model prompt adapter chat max-new-tokens method policy threshold exits max-deferred
         temperature top-k top-p min-p repetition-penalty seed stop ignore-eos dtype device json
-        max-draft lookup always-draft typical quantize compile workers risk risk-metric
+        max-draft lookup always-draft typical quantize compile workers tp risk risk-metric
     """,
     "calibrate": """
         model text risk adapter confidence metric policy exits clip path-share num-levels max-new-tokens seq-len
@@ -49,8 +49,8 @@ OPTIONS = {
     """,
     "serve": """
         model adapter name models host port api-keys open-to-all allowed-hosts cors-origins max-batch max-waiting
-        max-tokens max-body-bytes max-stops max-stop-chars method quantize compile workers shadow dtype device warm-up
-        stream-s deadline-s body-s drain-s log-prompts
+        max-tokens max-body-bytes max-stops max-stop-chars method quantize compile workers tp shadow dtype device
+        warm-up stream-s deadline-s body-s drain-s log-prompts
     """,
     "tune": """
         model.base model.adapter model.exits model.init model.fit-scale model.dtype model.device

@@ -24,7 +24,7 @@ from eellm.infer.native.build import BuildError, library
 from eellm.infer.native.rows import Angles, KVList, NativeRows
 from eellm.infer.native.walk import COLUMNS, Walk, answers_in, make_table
 from eellm.infer.network import Answer, Gone, Leg, Network
-from eellm.infer.packing import Packed, side_by_side
+from eellm.infer.packing import Packed, once, side_by_side
 from eellm.infer.quantize import Quantize, QuantizeCache
 from eellm.log import log
 from eellm.model import layers as model_layers
@@ -66,7 +66,7 @@ class NativeNetwork(Network):
         self._library = library(cache_dir or KERNELS_DIR)
         self._quantize: Quantize | None = quantize
         self._cache = None if cache_dir is None else QuantizeCache(cache_dir / "rounded")
-        self._packed = Packed() if packed is None else packed
+        self._packed = packed
         self._angles = Angles(Rope(self.config))
         decoder = model.decoder
         self._layers = {n: self._layer(decoder.layer(n)) for n in self.held}
@@ -253,7 +253,7 @@ class NativeNetwork(Network):
                 matrix.num_outputs = len(weight_OI)
             return matrix
 
-        matrix = self._packed.matrix(("native", quantize, is_gated), linears, make)
+        matrix = once(self._packed, ("native", quantize, is_gated), linears, make)
         self.num_bytes += matrix.num_bytes
         return matrix
 

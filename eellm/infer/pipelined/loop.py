@@ -53,27 +53,36 @@ class Progress:
     readings: list[Reading] = field(default_factory=list)
 
 
-class PipelinedMemory(Memory):
+class PipelinedMemory:
     """The first stage's; the workers do with theirs what is done with it."""
 
-    def __init__(self, network: Network, crew: Crew) -> None:
-        super().__init__(network.config, network.own_layer, network.held, dtype=network.dtype, device=network.device)
+    def __init__(self, own: Memory, config: ModelConfig, crew: Crew) -> None:
+        """own: of the first stage's network."""
+        self.own = own
         self.crew = crew
-        self.num_layers, self.num_own = network.config.num_layers, len(own_layers(network.config))
+        self.num_parts = config.num_layers + len(own_layers(config))
+
+    @property
+    def num_slots(self) -> int:
+        return self.own.num_slots
+
+    @property
+    def capacity(self) -> int:
+        return self.own.capacity
 
     @property
     def num_bytes(self) -> int:
         """Of all stages: every layer, and every exit's own, takes the same."""
-        here = len(self.layers) + len(self.exits)
-        return super().num_bytes // here * (self.num_layers + self.num_own)
+        here = len(self.own.layers) + len(self.own.exits)
+        return self.own.num_bytes // here * self.num_parts
 
     def reserve(self, num_slots: int, capacity: int) -> None:
         if num_slots > self.num_slots or capacity > self.capacity:
-            super().reserve(num_slots, capacity)
+            self.own.reserve(num_slots, capacity)
             self.crew.send(e.RESERVE, (self.num_slots, self.capacity))
 
     def copy(self, source: int, target: int, num_rows: int) -> None:
-        super().copy(source, target, num_rows)
+        self.own.copy(source, target, num_rows)
         self.crew.send(e.COPY, (source, target, num_rows))
 
 
