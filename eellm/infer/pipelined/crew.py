@@ -35,6 +35,8 @@ WAIT_S = 0.05
 """The longest wait of one step."""
 END_S = 5.0
 """Until a worker that was told to stop is killed."""
+LEAVE_S = 30.0
+"""Until one that torchrun started is left alone."""
 
 
 class Crew:
@@ -168,10 +170,11 @@ class Crew:
             raise self._hung(range(first, first + self.tp))
 
     def close(self) -> None:
-        """Ends all workers. Never raises; takes `END_S` if one doesn't."""
+        """Ends all workers. Never raises; takes `END_S`, or `LEAVE_S`, if one doesn't."""
         if self._is_closing:
             return
         self._is_closing = True
+        seconds = END_S if self._processes else LEAVE_S  # torchrun takes it for a failure when we end before they do
         try:
             if self._next is not None:
                 self._next.send(e.STOP, ())
@@ -179,7 +182,8 @@ class Crew:
                 self.lead.stop()
         except PeerLostError:
             end_processes(self._processes.values())
-        deadline = time.monotonic() + END_S
+            seconds = END_S
+        deadline = time.monotonic() + seconds
         for process in self._processes.values():
             try:
                 process.wait(max(deadline - time.monotonic(), 0))

@@ -62,7 +62,6 @@ def join(workers: int, tp: int) -> Met | None:
     if world.rank == 0:
         return group, team
     serve(group, team, world.rank)
-    raise SystemExit(0)
 
 
 def check_workers(workers: int, tp: int, compile: bool | None) -> None:

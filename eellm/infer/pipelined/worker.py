@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -46,8 +47,8 @@ def main() -> None:
     serve(group, team, rank)
 
 
-def serve(group: Group, team: StageTeam | None, rank: int) -> None:
-    """Until the engine says stop."""
+def serve(group: Group, team: StageTeam | None, rank: int) -> NoReturn:
+    """Until the engine says stop; then ends the process."""
     is_waiting = (lambda: False) if team is None else (lambda: team.is_waiting)
     threading.Thread(target=live_with_engine, args=(group, is_waiting), daemon=True).start()
     try:
@@ -65,6 +66,10 @@ def serve(group: Group, team: StageTeam | None, rank: int) -> None:
     except PeerLostError:
         time.sleep(1)  # the engine hears of the one that is lost before it hears of us
         os._exit(1)
+    # NOTE not by way of the interpreter's end: a thread that gloo wakes then, of a connection that closes, aborts all
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _follow(group: Group, team: StageTeam, model: EarlyExitLM, plan: Plan) -> None:
