@@ -74,7 +74,11 @@ class Block:
 
 def pages() -> list[Path]:
     """README, CONTRIBUTING and every page of the docs but the lab notebook, whose commands are of their day."""
-    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(p for p in sorted(ROOT.glob("docs/**/*.md")) if p.name != "log.md")]
+    return [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(p for p in sorted(ROOT.glob("docs/**/*.md")) if p.name != "log.md"),
+    ]
 
 
 def blocks(page: Path) -> list[Block]:

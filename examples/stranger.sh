@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A stranger's path: a fresh clone of HEAD in a directory of its own, README's two commands, the tutorial and three how-tos with
-# an environment that was just made; then a wheel in an empty environment, and how long an import takes.
+# A stranger's path: a fresh clone of HEAD in a directory of its own, README's two commands, the tutorial and three how-tos
+# with an environment that was just made; then a wheel in an empty environment, and how long an import takes.
 #
 #   examples/stranger.sh [--wheel-only] [--tests]
 #
@@ -19,7 +19,12 @@ done
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 unset PYTHONPATH VIRTUAL_ENV
-git clone --quiet --no-hardlinks . "$work/eellm"
+if [[ -z $wheel_only ]]; then
+    git clone --quiet --no-hardlinks . "$work/eellm"
+else
+    mkdir "$work/eellm"
+    cp -r pyproject.toml README.md LICENSE eellm models "$work/eellm"
+fi
 cd "$work/eellm"
 say() { printf '\n== %s (%s s)\n' "$1" "$SECONDS"; }
 

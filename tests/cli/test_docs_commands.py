@@ -76,6 +76,17 @@ def test_files_of_the_project_that_a_page_names_are_there(page):
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+@pytest.mark.parametrize("page", pages(), ids=name_of)
+def test_scripts_and_recipes_that_commands_name_are_there(page):
+    for block in blocks(page):
+        if block.language == "bash":
+            named = re.findall(
+                r"(?:^|\s)((?:examples|benchmarks|recipes|deploy)/[\w./-]+\.(?:py|sh|toml|yaml))", block.text
+            )
+            made = ("deploy/keys.toml",)
+            assert [name for name in named if name not in made and not (ROOT / name).exists()] == [], str(block)
+
+
 def test_a_block_without_a_mark_is_seen(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("<!-- run -->\n```bash\ntrue\n```\n\n<!-- setup\ntrue\n-->\n```python\n1\n```\n```\nx\n```\n")
