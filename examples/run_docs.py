@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("benchmarks", "deploy", "docs", "examples", "models", "recipes", "README.md")
 NOT_RUN = {
     "CI runs it": "a step of .ci/run by itself",
+    "before a release": "longer than CI may take, which runs a part of it",
     "the quickstart runs it": "needs the model that `make quickstart` fetches",
     "the tutorial does it": "the same command with the tutorial's own files",
     "several machines": "there is one here",
