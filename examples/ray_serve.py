@@ -6,7 +6,7 @@
 
 Each replica is a process with the whole application: engines, threads, queue, keys. Every answer says in `x-replica`
 who gave it. A replica that dies, or has lost its engine, is started anew; one that is to go ends what it runs. See
-docs/ray.md.
+docs/how-to/ray.md.
 """
 
 import argparse

@@ -32,7 +32,7 @@ TIMEOUT_S = 20.0
 pytestmark = pytest.mark.timeout(120)
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4])
+@pytest.fixture(scope="module", params=[2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def engine(request):
     """One for all tests: what a request gets doesn't depend on those before it."""
     with eellm.Engine(MODEL, max_batch=4, workers=request.param, timeout_s=TIMEOUT_S) as engine:

@@ -73,6 +73,7 @@ def test_a_client_that_leaves_while_it_waits_takes_its_place_in_the_queue_along(
     assert server.engine.stats().num_free_slots == 4
 
 
+@pytest.mark.slow
 def test_200_clients_that_leave_mid_stream_disturb_nobody_and_leave_nothing(server, model):
     text = wanted(model)
 

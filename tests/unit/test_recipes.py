@@ -41,7 +41,7 @@ def test_every_recipe_loads(file):
 
 
 def test_the_recipes_are_these():
-    expected = {"quickstart", "debug", "english", "english-bytes", *(f"paper-{size}" for size in PAPER)}
+    expected = {"quickstart", "tutorial", "debug", "english", "english-bytes", *(f"paper-{size}" for size in PAPER)}
     assert {file.stem for file in FILES} == expected
 
 
