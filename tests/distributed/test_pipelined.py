@@ -56,6 +56,21 @@ def test_pipelined_gives_the_tokens_exits_and_log_probabilities_of_early(engine,
         assert_same(out, expected)
 
 
+@pytest.mark.parametrize("policy", ["max_prob", "gate"])
+def test_tokens_tell_which_exits_were_asked_in_vain_on_every_stage(engine, alone, policy):
+    options = {"threshold": 0.3, "policy": policy, "max_new_tokens": 24}
+    expected, asked = {}, set()
+    for number, prompt in enumerate(PROMPTS):
+        expected[number] = [token.passed for token in alone.submit(prompt, method="early", **options)]
+        asked |= {layer for passed in expected[number] for layer, _ in passed}
+    assert asked == {1, 2, 3, 5}
+    handles = [engine.submit(prompt, method="pipelined", **options) for prompt in PROMPTS]
+    for number, handle in enumerate(handles):
+        for token, passed in zip(handle, expected[number], strict=True):
+            assert [layer for layer, _ in token.passed] == [layer for layer, _ in passed]
+            assert [score for _, score in token.passed] == pytest.approx([score for _, score in passed], abs=1e-6)
+
+
 def test_a_certificate_s_thresholds_and_policy_hold_on_every_stage():
     model = tiny_model(seed=0)
     thresholds = ((1, 0.9), (2, 0.4), (3, 1.0), (5, 0.2))

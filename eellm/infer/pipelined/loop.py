@@ -201,7 +201,7 @@ class PipelinedLoop(Loop):
         changed: dict[Served, None] = {}
         for message in self.crew.hear():
             logits = None if message.data is None else iter(message.tensor(torch.float32, self.config.vocab_size))
-            for record in e.decode_records(message.values):
+            for record in self.code.decode_records(message.values):
                 flight = self.flights[record.ticket]
                 logits_V = torch.empty(0)
                 if record.kind != e.END and flight.entry.wants_logits:
@@ -222,7 +222,7 @@ class PipelinedLoop(Loop):
             flight.end = record
         else:
             flight.is_heard = True
-            self._count_heads(seq, record)
+            self._take_asked(seq, record)
             if not flight.entry.is_judged:
                 self._progress(seq).asked -= flight.entry.num_readings
             if seq.finish_reason is None:
@@ -238,7 +238,7 @@ class PipelinedLoop(Loop):
         self.crew.arrived(flight.message)
         progress.in_flight -= 1
         if not flight.is_heard:
-            self._count_heads(seq, end)
+            self._take_asked(seq, end)
         if flight.readings:
             seq.work.count_head(self.stops[-1])
         progress.readings += flight.readings
@@ -247,6 +247,8 @@ class PipelinedLoop(Loop):
             progress.asked, progress.readings = 0, []
             seq.decode.at_end(seq, readings)
 
-    def _count_heads(self, seq: Served, record: Record) -> None:
+    def _take_asked(self, seq: Served, record: Record) -> None:
+        """The exits that workers asked about the newest row."""
         for layer in self.code.heads(record.heads):
             seq.work.count_head(layer)
+        seq.unsure += record.unsure.items()

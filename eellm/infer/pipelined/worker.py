@@ -23,7 +23,7 @@ from eellm.exits.lm import EarlyExitLM
 from eellm.infer.network import Network
 from eellm.infer.packed import PackedNetwork
 from eellm.infer.pipelined import entry as e
-from eellm.infer.pipelined.entry import Entry, EntryCode, Record, encode_records
+from eellm.infer.pipelined.entry import Entry, EntryCode, Record
 from eellm.infer.pipelined.life import live_with_engine
 from eellm.infer.pipelined.setup import Plan, receive_plan, send_facts
 from eellm.infer.pipelined.stage import Stage, StagePass, merged
@@ -175,7 +175,8 @@ class Worker:
                 if entry.wants_logits:
                     logits.append(reading.logits_V)
             heads = self.code.mask(entry.heads_run)
-            records.append(Record(kind=e.END, ticket=entry.ticket, layer=entry.answered, heads=heads))
+            end = Record(kind=e.END, ticket=entry.ticket, layer=entry.answered, heads=heads, unsure=entry.unsure)
+            records.append(end)
         self._reply(records, logits)
 
     def _record(self, kind: int, entry: Entry, reading: Reading) -> Record:
@@ -187,11 +188,12 @@ class Worker:
             token=reading.token,
             logprob=reading.logprob,
             score=reading.score,
+            unsure=entry.unsure if kind == e.ANSWER else {},
         )
 
     def _reply(self, records: list[Record], logits: list[Tensor]) -> None:
         self.engine.keep(self.max_in_flight)
-        self.engine.send(e.REPLY, encode_records(records), torch.stack(logits) if logits else None)
+        self.engine.send(e.REPLY, self.code.encode_records(records), torch.stack(logits) if logits else None)
 
 
 def stage_model(config: ModelConfig, tensors: Mapping[str, Tensor], device: torch.device) -> EarlyExitLM:
