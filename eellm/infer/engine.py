@@ -28,6 +28,7 @@ from eellm.infer.packing import Packed
 from eellm.infer.pipelined.crew import Crew
 from eellm.infer.pipelined.loop import PipelinedMemory
 from eellm.infer.pipelined.start import check_workers, join, make_pipeline
+from eellm.infer.places import Places
 from eellm.infer.prepare import network_of
 from eellm.infer.quantize import Quantize
 from eellm.infer.request import Prompt, Request, check_prompts, make_request, make_scoring
@@ -37,7 +38,6 @@ from eellm.infer.scheduler import Scheduler
 from eellm.infer.score import Score, Scoring
 from eellm.infer.sequence import Sequence
 from eellm.infer.shadow import Shadow
-from eellm.infer.slots import Slots
 
 
 class Engine:
@@ -104,8 +104,8 @@ class Engine:
         self.scheduler = self.loop.scheduler
         self.shadow = Shadow(shadow)
         self.methods = Methods(self._costs, self.shadow)
-        self.slots = Slots(max_batch)
         self.max_tokens = min(max_tokens, self.model.config.max_seq_len)
+        self.places = Places(max_batch, self.memory, self.loop.own_layer, self.max_tokens)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.lock = threading.RLock()
@@ -218,7 +218,7 @@ class Engine:
             self.num_ticks += 1
             self.new_tokens += sum(len(seq.emitted) for seq in self.running) - before
             for seq in changed:
-                self._share_prompt(seq)
+                self.places.share_prompt(seq)
                 if seq.finish_reason is not None:
                     self._leave(seq)
             return True
@@ -239,7 +239,7 @@ class Engine:
             return EngineStats(
                 num_running=len(self.running),
                 num_waiting=len(self.waiting),
-                num_free_slots=self.slots.num_free,
+                num_free_slots=self.places.slots.num_free,
                 num_ticks=self.num_ticks,
                 num_finished=self.num_finished,
                 new_tokens=self.new_tokens,
@@ -292,48 +292,18 @@ class Engine:
 
     def _admit(self) -> None:
         while self.waiting:
-            seq = self.waiting[0]
-            needs = self.loop.own_layer & seq.decode.exits_in_use
-            placement = self.slots.acquire(seq.request.tokens, needs)
-            if placement is None:
+            num_reused = self.places.give(self.waiting[0])
+            if num_reused is None:
                 return
-            self.waiting.popleft()
-            self._reserve(placement.slot, seq.request.capacity(self.max_tokens))
-            if placement.source is not None and placement.source != placement.slot:
-                self.memory.copy(placement.source, placement.slot, placement.num_reused)
-            self.reused_tokens += placement.num_reused
-            seq.place(placement.slot, placement.num_reused)
+            seq = self.waiting.popleft()
+            self.reused_tokens += num_reused
             seq.ready_since = self.num_ticks
             self.running.append(seq)
 
-    def _reserve(self, slot: int, num_rows: int) -> None:
-        """Grows the memory by doubling."""
-        memory = self.memory
-        num_slots = (
-            memory.num_slots if slot < memory.num_slots else min(max(slot + 1, 2 * memory.num_slots), len(self.slots))
-        )
-        capacity = memory.capacity
-        if num_rows > capacity:
-            capacity = min(max(num_rows, 2 * capacity), self.max_tokens)
-        memory.reserve(num_slots, capacity)
-
-    def _share_prompt(self, seq: Sequence) -> None:
-        """Once a prompt has gone through every layer, requests that begin alike may use its rows."""
-        if not seq.is_shared and seq.passed[-1] >= len(seq.request.tokens):
-            self._commit(seq, len(seq.request.tokens))
-            seq.is_shared = True
-
-    def _commit(self, seq: Sequence, num_rows: int) -> None:
-        kept = self.loop.own_layer & seq.decode.exits_in_use
-        self.slots.commit(seq.slot, seq.tokens[:num_rows], kept)
-
     def _leave(self, seq: Sequence) -> None:
-        """The slot is free; its rows that are true in every layer stay for requests that begin alike."""
-        self._commit(seq, seq.passed[-1])
-        self.slots.release(seq.slot)
+        self.places.take_back(seq)
         self.running.remove(seq)
         self.num_finished += 1
-        seq.waiting = []
 
 
 def generate(

@@ -35,7 +35,7 @@ class Worker:
         """stream_s: tokens of a stream, but its first, are handed over together where they are made within this."""
         self.engine = engine
         self.stream_s = stream_s
-        self.num_slots = engine.slots.num_free
+        self.num_slots = engine.stats().num_free_slots
         self.capacity = self.num_slots + max_waiting
         self.num_open = 0
         """Jobs that aren't over."""

@@ -247,4 +247,4 @@ def test_ten_thousand_requests_leave_nothing_behind():
         assert (stats.num_running, stats.num_waiting, stats.num_free_slots) == (0, 0, 16)
         assert stats.memory_bytes == held
         assert len(gc.get_objects()) < before + 500
-        assert engine.slots.num_known_rows <= 16 * 64
+        assert engine.places.slots.num_known_rows <= 16 * 64

@@ -179,7 +179,7 @@ def test_lm_eval_makes_it_from_a_line_of_arguments(model, tmp_path):
     assert [x for x, _ in lm.loglikelihood(requests)] == pytest.approx(
         [x for x, _ in there.loglikelihood(requests)], abs=1e-4
     )
-    assert len(lm.engine.slots) == 4
+    assert len(lm.engine.places.slots) == 4
 
 
 @pytest.mark.parametrize(
