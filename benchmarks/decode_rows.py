@@ -107,7 +107,9 @@ class Decoders:
 
     def peer(self, decoder: str, *ways: dict[str, Any], model: str | None = None, **options: Any) -> Side:
         loaded = {"model": model or self.path, "threads": self.threads} | options
-        peer = self.peers.get(ENVIRONMENTS[decoder]) or Peer(name=decoder, missing="no environment was made")
+        peer = self.peers.get(ENVIRONMENTS[decoder]) or Peer(
+            name=decoder, missing="`python benchmarks/peers.py` makes its place"
+        )
         python, missing = peer.python or "", peer.missing
         return Side(decoder=decoder, python=python, missing=missing, options=loaded, ways=ways or ({},))
 

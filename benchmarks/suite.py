@@ -8,11 +8,12 @@ of their own (`peers.py`), some minutes at the first time; --python names one in
 has them.
 
 Each part is a script of this directory that runs alone. One that fails or takes too long is a row of the report, with
-its last lines; so is a peer that can't be installed. Parts that are done aren't run again but with --anew: they are in
-bench-out/short and bench-out/full. After each part the report is written.
+its last lines; so is a peer that can't be installed. Parts that are done by the same command aren't run again but with
+--anew: they are in bench-out/short and bench-out/full. After each part the report is written.
 """
 
 import argparse
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from rich.table import Table
 from suite_parts import PARTS, ROOT, Length, Part
 from suite_plots import draw
 from suite_report import Report, cells, machine, write
-from suite_run import finished, rows_of, run_part
+from suite_run import rows_of, run_part
 
 SHOWN = 8
 """Columns of the report that fit into a terminal."""
@@ -37,6 +38,7 @@ def main() -> None:
         for part in parts:
             print(f"{part.name}: {part.shows}\n    {part.command(length)}")
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that a part ends with it
     report = run(parts, length, options)
     table = Table(title=f"eellm, {length} form", caption=f"{options.out}/report.md")
     for name in ("row", "ours", "theirs", "ratio", "range", "goal", "", "load"):
@@ -76,9 +78,8 @@ def run(parts: list[Part], length: Length, options: argparse.Namespace) -> Repor
     peers = given(names, options.python, peers_file) if options.python else make_peers(names, peers_file.parent)
     report = Report(head=machine(length), peers=peers, parts=[])
     for number, part in enumerate(parts, start=1):
-        outcome = None if options.anew else finished(directory, part.name)
-        print(f"{number} of {len(parts)}: {part.name}{', done before' if outcome else ''}", file=sys.stderr)
-        outcome = outcome or run_part(part, length, directory, peers_file, peers)
+        print(f"{number} of {len(parts)}: {part.name}", file=sys.stderr)
+        outcome = run_part(part, length, directory, peers_file, peers, anew=options.anew)
         rows = rows_of(part, outcome, directory, peers)
         report = replace(report, parts=[*report.parts, (part, outcome, rows)])
         done = {each.name: directory / f"{each.name}.json" for each, how, _ in report.parts if how.status == "done"}

@@ -7,7 +7,6 @@ of that in every row.
 import json
 import os
 import platform
-import subprocess
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from peers import Peer, describe
-from suite_parts import ROOT, Length, Part
+from suite_parts import Length, Part
 from suite_rows import Row
-from suite_run import Outcome
+from suite_run import Outcome, code_version
 
 import eellm
 
@@ -63,12 +62,9 @@ def machine(length: Length) -> dict[str, Any]:
     """Of this machine and this checkout."""
     import torch
 
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--tags"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
     return {
         "length": length,
-        "code": described.stdout.strip() or "not a git checkout",
+        "code": code_version(),
         "eellm": eellm.__version__,
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
@@ -114,7 +110,7 @@ def markdown(report: Report) -> str:
     for part, outcome, rows in report.parts:
         lines += [f"## {part.shows}", ""]
         if outcome.command:
-            lines += [f"`{outcome.command}`: {outcome.status} in {outcome.seconds:.0f} s", ""]
+            lines += [f"`{outcome.command}`: {outcome.status} in {outcome.seconds:.0f} s, code {outcome.code}", ""]
         lines += [*_table(COLUMNS, map(cells, rows)), ""]
     for name in report.pictures:
         lines += [f"![{Path(name).stem}]({name})", ""]

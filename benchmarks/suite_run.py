@@ -36,37 +36,54 @@ class Outcome:
     """As one would type it in the repository's root."""
     why: str = ""
     """Its last lines, or what isn't there."""
+    code: str = ""
+    """What `git describe` calls it."""
     seconds: float = 0.0
     load: tuple[float, float] | None = None
 
 
-def run_part(part: Part, length: Length, directory: Path, peers_file: Path, peers: Mapping[str, Peer]) -> Outcome:
-    """Runs it, or says why it can't."""
-    command = part.command(length)
-    assert command is not None, f"{part.name} has no {length} form"
+def run_part(
+    part: Part, length: Length, directory: Path, peers_file: Path, peers: Mapping[str, Peer], *, anew: bool = False
+) -> Outcome:
+    """Runs it, or says why it can't. anew: also where the same command is done already."""
     for path, remedy in part.needs.items():
         if not (ROOT / path).exists():
             return Outcome(name=part.name, status="missing", why=f"{path} isn't there; {remedy}")
-    python = sys.executable
-    if part.runs_in is not None:
-        python = peers[part.runs_in].python or python  # without it the script compares with what there is here
     out = directory / f"{part.name}.json"
+    argv = _argv(part, length, out, peers_file, peers)
+    outcome = Outcome(name=part.name, status="done", command=shlex.join(map(relative, argv)), code=code_version())
+    before = _finished(directory, part.name)
+    if before is not None and before.command == outcome.command and not anew:
+        return before
     out.unlink(missing_ok=True)
-    argv = [python, *words(command, out=out, peers_file=peers_file, peers=peers)]
-    before, start = os.getloadavg()[0], time.monotonic()
+    load, start = os.getloadavg()[0], time.monotonic()
     why = _call(argv, part.timeout_s[length], directory / f"{part.name}.log")
     if not why and not out.is_file():
         why = f"it ended well, but wrote no {out.name}"
-    outcome = Outcome(
-        name=part.name,
+    outcome = replace(
+        outcome,
         status="failed" if why else "done",
-        command=shlex.join(map(relative, argv)),
         why=why,
         seconds=time.monotonic() - start,
-        load=(before, os.getloadavg()[0]),
+        load=(load, os.getloadavg()[0]),
     )
-    kept(directory, part.name).write_text(json.dumps(asdict(outcome), indent=2) + "\n", encoding="utf-8")
+    _kept(directory, part.name).write_text(json.dumps(asdict(outcome), indent=2) + "\n", encoding="utf-8")
     return outcome
+
+
+def code_version() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--tags"]
+    described = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return described.stdout.strip() or "not a git checkout"
+
+
+def _argv(part: Part, length: Length, out: Path, peers_file: Path, peers: Mapping[str, Peer]) -> list[str]:
+    command = part.command(length)
+    assert command is not None, f"{part.name} has no {length} form"
+    python = sys.executable
+    if part.runs_in is not None:
+        python = peers[part.runs_in].python or python  # without it the script compares with what there is here
+    return [python, *words(command, out=out, peers_file=peers_file, peers=peers)]
 
 
 def relative(word: str) -> str:
@@ -77,13 +94,13 @@ def relative(word: str) -> str:
     return str(path.relative_to(ROOT)) if path.is_absolute() and path.is_relative_to(ROOT) else word
 
 
-def kept(directory: Path, name: str) -> Path:
+def _kept(directory: Path, name: str) -> Path:
     return directory / f"{name}.part.json"
 
 
-def finished(directory: Path, name: str) -> Outcome | None:
+def _finished(directory: Path, name: str) -> Outcome | None:
     """What an earlier run of the suite made of it, if it was done."""
-    file = kept(directory, name)
+    file = _kept(directory, name)
     if not file.is_file() or not (directory / f"{name}.json").is_file():
         return None
     fields = json.loads(file.read_text(encoding="utf-8"))

@@ -200,12 +200,12 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path):
     assert "![exit-losses](exit-losses.svg)" in text
 
 
-def run_script(tmp_path, monkeypatch, script, timeout_s=60.0, **changes):
+def run_script(tmp_path, monkeypatch, script, *, timeout_s=60.0, anew=False):
     """The outcome of a part whose script is that text, and its rows."""
     (tmp_path / "decode.py").write_text(script)
     monkeypatch.setattr(suite_parts, "__file__", str(tmp_path / "suite_parts.py"))
-    tried = part(timeout_s={"short": timeout_s}, short="decode.py --out {out}", **changes)
-    found = suite_run.run_part(tried, "short", tmp_path, tmp_path / "peers.json", PEERS)
+    tried = part(timeout_s={"short": timeout_s}, short="decode.py --out {out}")
+    found = suite_run.run_part(tried, "short", tmp_path, tmp_path / "peers.json", PEERS, anew=anew)
     return found, suite_run.rows_of(tried, found, tmp_path, PEERS)
 
 
@@ -248,9 +248,10 @@ def test_what_is_done_is_taken_from_before_and_what_failed_is_not(tmp_path, monk
     script = f"import sys\nopen(sys.argv[-1], 'w').write({json.dumps(DECODED)!r})"
     found, rows = run_script(tmp_path, monkeypatch, script)
     assert [row.status for row in rows] == ["met", "missed", "measured", "missing", "failed"]
-    assert suite_run.finished(tmp_path, "decode") == found
-    run_script(tmp_path, monkeypatch, "raise SystemExit(3)")
-    assert suite_run.finished(tmp_path, "decode") is None
+    broken = "raise SystemExit(3)"
+    assert run_script(tmp_path, monkeypatch, broken)[0] == found, "it isn't run again"
+    assert run_script(tmp_path, monkeypatch, broken, anew=True)[0].status == "failed"
+    assert run_script(tmp_path, monkeypatch, script)[0].status == "done"
 
 
 def test_a_part_whose_files_are_missing_says_what_makes_them(tmp_path):
@@ -299,6 +300,21 @@ def test_an_interpreter_that_lacks_a_peer_makes_it_missing_with_the_reason(tmp_p
     assert found["xllamacpp"].python is None
     assert found["xllamacpp"].missing == "ModuleNotFoundError: No module named 'no_such_module'"
     assert peers.read_peers(tmp_path / "peers.json") == found
+
+
+def test_an_environment_that_is_there_is_left_as_it_is_and_one_that_takes_too_long_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "REQUIREMENTS", tmp_path / "requirements.txt")
+    monkeypatch.setitem(peers.MODULES, "xllamacpp", ("json",))
+    (tmp_path / "requirements.txt").write_text("# words\n\n# [xllamacpp]\npytest\n")
+    found = peers.make_peers(["xllamacpp"], tmp_path / "late", timeout_s=0)
+    assert found["xllamacpp"].missing.startswith("out of time: -m venv")
+    place = tmp_path / "there/xllamacpp"  # another one: the first may hold a link to this interpreter by now
+    (place / "bin").mkdir(parents=True)
+    (place / "bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (place / "bin/python").chmod(0o755)
+    (place / "requirements.txt").write_text("pytest\n")
+    found = peers.make_peers(["xllamacpp"], tmp_path / "there", timeout_s=0)
+    assert (found["xllamacpp"].missing, found["xllamacpp"].versions) == (None, {"pytest": pytest.__version__})
 
 
 def test_a_side_whose_environment_is_missing_is_said_to_be_before_anything_starts():
