@@ -4,12 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made
 
-.PHONY: quickstart test check docs bench bench-full english clean
+.PHONY: quickstart test test-all coverage check docs bench bench-full english clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   a real model gets early exits and generates with them (under 10 minutes on two cores)"
-	@echo "make test         all tests"
+	@echo "make test         the tests, under 15 minutes on two cores"
+	@echo "make test-all     with the large matrices, kills, load and every command of the docs; under 40 minutes"
+	@echo "make coverage     test-all, and which lines of eellm it runs"
 	@echo "make check        style, types, layers"
 	@echo "make docs         the documentation, into site/"
 	@echo "make bench        all benchmarks in their short form, against other programs (15 minutes; bench-out/report.md)"
@@ -28,6 +30,12 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+coverage: $(STAMP)
+	$(BIN)/python -m pytest -m "slow or not slow" --cov --cov-report=term:skip-covered
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ EellmError
 ├── ScheduleError        the orders of a pipeline schedule can't be run
 ├── DataError            a text or token file is missing, empty or malformed
 ├── RequestError         a prompt or a generation option can't be served
+├── CertificateError     a risk is asked for that no certificate of these weights covers
 ├── WorkerError          a process that an engine needs has died or hangs; what was running has failed
 └── RunError             a training run can't start or go on (directory in use, nothing to resume, NaN)
 
@@ -49,6 +50,10 @@ class DataError(EellmError):
 
 class RequestError(EellmError):
     """A prompt or a generation option can't be served."""
+
+
+class CertificateError(EellmError):
+    """A risk is asked for that no certificate of these weights covers."""
 
 
 class WorkerError(EellmError):

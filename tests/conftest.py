@@ -16,6 +16,6 @@ hypothesis.settings.load_profile("eellm")
 @pytest.fixture(autouse=True)
 def _own_handlers():
     """A command that a test runs in this process must not write to that test's stderr for ever after."""
-    before = log.handlers, log.level
+    before = log.handlers, log.level, log.propagate
     yield
-    log.handlers, log.level = before
+    log.handlers, log.level, log.propagate = before

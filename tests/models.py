@@ -42,6 +42,16 @@ def tiny_model(*, seed=0, dtype="float64", sureness=1.0, **changes) -> eellm.Ear
     return model
 
 
+@torch.no_grad()
+def biased_model():
+    """Everything can be halved, and every bias counts."""
+    model = tiny_model(seed=0, vocab_size=30, qkv_bias=True, attention_out_bias=True, mlp_bias=True)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.copy_(torch.linspace(-0.2, 0.3, parameter.numel()).view_as(parameter))
+    return model
+
+
 @torch.inference_mode()
 def oracle(model, prompt, *, num_tokens, thresholds, policy="max_prob"):
     """Greedy early-exit decoding without any cache: `model(tokens)` anew for each token.
@@ -71,3 +81,18 @@ def _score(model, context, layer, logits, policy):
     rows = model.decoder.rows(context.shape[1])
     hidden = dict(model.hiddens(context, rows))[layer]
     return float(model.exit(layer).gate(model.normed(layer, hidden, rows)[0, -1]).float().sigmoid())
+
+
+@torch.no_grad()
+def agreeing_model(*, seed=0, change=0.15, **changes) -> eellm.EarlyExitLM:
+    """A random model whose layers after the second change little, so that its exits at 2 and 4 mostly agree with its
+    end, the more often the surer they are. change: how much of what random layers do these do."""
+    exits = tuple(eellm.ExitConfig(layer=n, kind="norm", head="tied", gate_size=8) for n in (2, 4))
+    model = eellm.build(tiny_config(**({"init_std": 0.3, "exits": exits, "vocab_size": 512} | changes)), seed=seed)
+    model.decoder.norm.weight.mul_(2.2)
+    for layer in range(3, model.config.num_layers + 1):
+        model.decoder.layer(layer).attn.out.weight.mul_(change)
+        model.decoder.layer(layer).mlp.down.weight.mul_(change)
+    for name in model.exits:
+        model.exit(int(name)).norm.weight.copy_(model.decoder.norm.weight)
+    return model

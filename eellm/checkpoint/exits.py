@@ -4,7 +4,8 @@ exits.json, format 1:
     {"format_version": 1,
      "base": {"path": "../base", "sha256": "…"},      of an adapter directory; null inside a model directory
      "weights_sha256": "…",                            of exits.safetensors, so that a half-replaced pair is refused
-     "exits": [{"layer": 10, "kind": "mlp", "head": "tied", "norm": "own", "gate_size": 0}, …]}
+     "exits": [{"layer": 10, "kind": "mlp", "head": "tied", "norm": "own", "gate_size": 0}, …],
+     "certificates": [{"metric": "disagreement", "risk": 0.02, …}, …]}    where `eellm calibrate` made some
 
 Weights are named `<layer>.<parameter>`. What an exit shares with the final head isn't stored.
 """
@@ -21,12 +22,14 @@ from eellm.checkpoint.files import (
     fingerprint,
     read_json,
     read_tensors,
+    replace_json,
     replacing,
     weight_files,
     write_json,
     write_tensors,
 )
-from eellm.config.load import from_dict
+from eellm.config.calibrate import Certificate
+from eellm.config.load import from_dict, to_dict
 from eellm.config.model import ExitConfig, ModelConfig
 from eellm.errors import BaseMismatchError, CheckpointError, ConfigError, UnsupportedError
 from eellm.exits.heads import Exit
@@ -42,6 +45,7 @@ def write_exits(
 ) -> None:
     """Writes both files into `directory`, which the caller replaces as a whole. layers: of the exits; None: all."""
     chosen = [e for e in model.config.exits if layers is None or e.layer in layers]
+    ours = {e.layer for e in chosen}
     tensors = {f"{e.layer}.{name}": t for e in chosen for name, t in model.exit(e.layer).state_dict().items()}
     write_tensors(directory / EXITS_FILE, tensors)
     data = {
@@ -50,7 +54,8 @@ def write_exits(
         "weights_sha256": fingerprint([directory / EXITS_FILE]),
         "exits": [dataclasses.asdict(e) for e in chosen],
     }
-    write_json(directory / EXITS_JSON, data)
+    certificates = [c for c in model.certificates if ours & c.by_layer.keys()]
+    write_json(directory / EXITS_JSON, _with_certificates(data, certificates))
 
 
 def save_adapter(
@@ -78,6 +83,7 @@ def load_exits(model: EarlyExitLM, directory: Path, *, base: Path | None = None)
     weights that don't fit.
     """
     model.config, exits = add_stored_exits(model.config, directory, base=base)
+    model.certificates += stored_certificates(directory)
     file = directory / EXITS_FILE
     tensors = dict(read_tensors(file))
     like = model.decoder.embed.weight
@@ -132,6 +138,27 @@ def read_exits_json(directory: Path) -> dict[str, Any]:
     if base is not None and not (isinstance(base, dict) and isinstance(base.get("path"), str)):
         raise CheckpointError(f"{directory / EXITS_JSON} is not an exits file: base = {base!r}")
     return {**data, "base": base}
+
+
+def stored_certificates(directory: Path) -> tuple[Certificate, ...]:
+    """The certificates stored with the exits in `directory`."""
+    entries = read_exits_json(directory).get("certificates", [])
+    try:
+        return tuple(from_dict(Certificate, entry, f"certificates[{i}]") for i, entry in enumerate(entries))
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{directory / EXITS_JSON}: {error}") from None
+
+
+def store_certificate(directory: Path, certificate: Certificate) -> None:
+    """Adds it to the exits in `directory`, in place of one for the same metric, risk and confidence; nothing else
+    changes. Raises CheckpointError for a directory without exits or a full disk."""
+    data = read_exits_json(directory)
+    others = [c for c in stored_certificates(directory) if c.key != certificate.key]
+    replace_json(directory / EXITS_JSON, _with_certificates(data, [*others, certificate]))
+
+
+def _with_certificates(data: dict[str, Any], certificates: Sequence[Certificate]) -> dict[str, Any]:
+    return data | ({"certificates": [to_dict(c) for c in certificates]} if certificates else {})
 
 
 def base_of(adapter: Path) -> Path:

@@ -69,6 +69,18 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def replace_json(path: Path, data: dict[str, Any]) -> None:
+    """Writes the file anew; whoever reads it sees the old or the new one. Raises CheckpointError."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        write_json(temporary, data)
+        temporary.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"can't write {path}: {error.strerror or error}; nothing was changed") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Raises CheckpointError where the file is missing or isn't a JSON object."""
     try:

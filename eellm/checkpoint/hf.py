@@ -95,6 +95,14 @@ def stored_dtype(path: str | Path) -> str:
     return hf.get("dtype") or hf.get("torch_dtype") or "float32"
 
 
+def exits_directory(path: str | Path, adapter: str | Path | None = None) -> Path:
+    """The directory with the exits that `load` would read for these. Raises CheckpointError where there are none."""
+    directory = _find(path) if adapter is None else Path(adapter)
+    if not (directory / EXITS_JSON).exists():
+        raise CheckpointError(f"{directory} has no {EXITS_JSON}: there are no exits; 'eellm tune' makes some")
+    return directory
+
+
 def _find(path: str | Path) -> Path:
     """A local path, or where the hub's client has put the model with this id."""
     local = Path(path)

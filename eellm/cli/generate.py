@@ -11,7 +11,7 @@ from rich.console import Console
 
 from eellm.cli.options import CACHE_DIR, Layers, Thresholds, parse
 from eellm.cli.show import legend, show_token, summary
-from eellm.config.infer import GenerateConfig, Method, PolicyName, Sampling
+from eellm.config.infer import GenerateConfig, Method, Metric, PolicyName, Sampling
 from eellm.errors import RequestError
 
 if TYPE_CHECKING:
@@ -41,12 +41,16 @@ class Options:
     """`full`: every token through every layer. `early`: each leaves at the first exit that is sure enough.
     `speculative`: exits draft, the last one judges; `full`'s tokens. `pipelined`: `early` over several workers.
     `auto`: what pays here."""
-    policy: PolicyName = "max_prob"
-    """The score in [0, 1] that says how sure an exit is."""
+    policy: PolicyName | None = None
+    """The score in [0, 1] that says how sure an exit is. Default: max_prob."""
     threshold: Thresholds = None
     """An exit is taken at a score of at least this; 1 or more turns exits off. Default: 0.8, and 0.4 for drafts."""
     exits: Layers = None
     """Layers of the exits in use. Default: all."""
+    risk: float | None = None
+    """Instead of policy, threshold and exits: those of the certificate with the largest risk up to this one."""
+    risk_metric: Metric = "disagreement"
+    """What the risk is measured in."""
     max_deferred: int = 16
     """Most rows that may wait for their deeper layers."""
     max_draft: int = 8
@@ -63,6 +67,8 @@ class Options:
     """Run kernels that the machine's C++ compiler builds once for its processor, where they can run the model."""
     workers: int = 1
     """Processes that share the layers; `pipelined` needs two or more."""
+    tp: int = 1
+    """So many of the workers share each matrix of a stage (tensor parallel)."""
     temperature: float = 0.0
     """0: greedy."""
     top_k: int = 0
@@ -101,6 +107,7 @@ def main(args: list[str]) -> None:
         "compile": None if options.compile else False,
         "cache_dir": CACHE_DIR,
         "workers": options.workers,
+        "tp": options.tp,
     }
     with Engine(model, max_batch=1, max_tokens=limit, **settings) as engine:
         run = engine.submit(prompt, config)
@@ -154,6 +161,8 @@ def _config(options: Options) -> GenerateConfig:
         policy=options.policy,
         threshold=options.threshold,
         exits=options.exits,
+        risk=options.risk,
+        risk_metric=options.risk_metric,
         max_deferred=options.max_deferred,
         max_draft=options.max_draft,
         lookup=options.lookup,

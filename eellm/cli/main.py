@@ -20,7 +20,10 @@ VERBS = {
     "generate": ("eellm.cli.generate", "continue a prompt, each token leaving at the first exit that is sure enough"),
     "serve": ("eellm.cli.serve", "answer OpenAI's clients over HTTP, each token leaving where it may"),
     "bench": ("eellm.cli.bench", "measure how fast a model decodes here: methods, batch sizes, 8 and 4 bits"),
+    "calibrate": ("eellm.cli.calibrate", "learn thresholds whose risk is shown to stay below a bound"),
     "evaluate": ("eellm.cli.evaluate", "measure each exit on a text; quality against speed over thresholds"),
+    "suit": ("eellm.cli.suit", "say whether a model suits early exits here, and after which layers they would go"),
+    "tasks": ("eellm.cli.tasks", "ask lm-eval's tasks, at full depth and under exit rules, with intervals"),
 }
 
 

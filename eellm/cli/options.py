@@ -1,4 +1,4 @@
-"""Command-line options from dataclasses (tyro), with errors on one line and the two list types that verbs share."""
+"""Command-line options from dataclasses (tyro), with errors on one line and the list types that verbs share."""
 
 import contextlib
 import dataclasses
@@ -102,6 +102,38 @@ def _threshold(words: list[str]) -> float | dict[int, float] | None:
     pairs = (word.split("=") for word in words[0].split(","))
     return {int(layer): float(value) for layer, value in pairs}
 
+
+def _numbers(words: list[str]) -> tuple[float, ...]:
+    return tuple(float(word) for word in words[0].split(","))
+
+
+def _names(words: list[str]) -> tuple[str, ...]:
+    return tuple(word for word in words[0].split(",") if word)
+
+
+Numbers = Annotated[
+    tuple[float, ...],
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="0.9,0.8",
+        instance_from_str=_numbers,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(map(str, value)) or "none"],
+    ),
+]
+"""Numbers, separated by commas; none by default."""
+
+Names = Annotated[
+    tuple[str, ...],
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="ONE,TWO",
+        instance_from_str=_names,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(value)],
+    ),
+]
+"""Names, separated by commas."""
 
 Layers = Annotated[
     tuple[int, ...] | None,

@@ -4,14 +4,17 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from eellm.config.check import check_at_least, check_fraction, check_literals, check_numbers
+from eellm.config.check import check_at_least, check_choice, check_fraction, check_literals, check_numbers
 from eellm.errors import ConfigError
 
 Method = Literal["full", "early", "speculative", "pipelined", "auto"]
 PolicyName = Literal["max_prob", "margin", "entropy", "gate"]
+Metric = Literal["disagreement", "perplexity", "rouge_l"]
 Threshold = float | Mapping[int, float]
+POLICY: PolicyName = "max_prob"
+"""Where none is named."""
 EXIT_THRESHOLD = 0.8
 DRAFT_THRESHOLD = 0.4
 
@@ -59,14 +62,19 @@ class GenerateConfig:
     method: Method = "early"
     """`full`: every token through every layer. `early`: each token leaves at the first exit that is sure enough.
     `speculative`: exits draft, the final exit judges; the tokens are those of `full`. `pipelined`: `early` over several
-    workers. `auto`: the fastest as measured, among the lossless ones unless a threshold is given."""
-    policy: PolicyName = "max_prob"
-    """The score in [0, 1] that says how sure an exit is."""
+    workers. `auto`: the fastest as measured, among the lossless ones unless a threshold or a risk is given."""
+    policy: PolicyName | None = None
+    """The score in [0, 1] that says how sure an exit is. Unset: `max_prob`."""
     threshold: Threshold | None = None
     """An exit is taken at a score of at least this; 1 or more turns exits off. One number, or one per exit layer. Under
     `speculative` it is the score below which drafting stops. Unset: 0.8, and 0.4 for drafts."""
     exits: tuple[int, ...] | None = None
     """Layers of the exits in use; unset, all that the model has (or that `threshold` names)."""
+    risk: float | None = None
+    """In place of policy, threshold and exits: those of the model's certificate with the largest risk up to this one
+    (`eellm calibrate` makes certificates)."""
+    risk_metric: Metric = "disagreement"
+    """What the risk is measured in."""
     max_deferred: int = 16
     """Most rows that may wait for their deeper layers before one pass through the full depth is forced."""
     max_draft: int = 8
@@ -92,6 +100,10 @@ class GenerateConfig:
         check_at_least(self, 0, "top_logprobs")
         check_at_least(self, 1, "max_new_tokens", "max_deferred", "max_draft")
         check_fraction(self, "typical")
+        if self.policy is not None:
+            check_choice("policy", self.policy, get_args(PolicyName))
+        if self.risk is not None:
+            self._check_risk()
         if self.threshold is not None:
             for value in self.threshold.values() if isinstance(self.threshold, Mapping) else (self.threshold,):
                 _check_threshold(value)
@@ -99,6 +111,29 @@ class GenerateConfig:
             raise ConfigError(f"stop = {self.stop!r}: must be a tuple of strings")
         if "" in self.stop:
             raise ConfigError("stop = '': an empty stop string would end every text at once")
+
+    def _check_risk(self) -> None:
+        check_risk(self)
+        for name in ("threshold", "policy", "exits"):
+            if getattr(self, name) is not None:
+                raise ConfigError(f"risk = {self.risk}: the certificate says which {name} to use; leave {name} out")
+        if self.method in ("full", "speculative"):
+            raise ConfigError(
+                f"risk = {self.risk}: method = {self.method!r} loses nothing; a risk is for early, pipelined or auto"
+            )
+
+    @property
+    def exits_answer(self) -> bool:
+        """Whether what an exit says is the token; otherwise the final exit has the last word."""
+        is_bound = self.threshold is not None or self.risk is not None
+        return self.method in ("early", "pipelined") or (self.method == "auto" and is_bound)
+
+
+def check_risk(config: Any) -> None:
+    """Its field `risk` is the bound of a certificate."""
+    check_numbers(config, "risk")
+    if not 0 < config.risk < 1:
+        raise ConfigError(f"risk = {config.risk!r}: must lie between 0 and 1, as 0.02 does")
 
 
 def generate_config(*, exits: Iterable[int] | None = None, stop: Iterable[str] = (), **fields: Any) -> GenerateConfig:

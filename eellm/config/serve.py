@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from eellm.config.check import check_at_least, check_choice, check_literals
+from eellm.config.check import check_at_least, check_choice, check_fraction, check_literals
 from eellm.config.infer import Method
 from eellm.errors import ConfigError
 
@@ -20,7 +20,7 @@ class ServedModel:
     name: str
     """What requests call it."""
     adapter: Path | None = None
-    """A directory with exits for this model. Adapters of one base directory share its weights as they are loaded."""
+    """A directory with exits for this model. Adapters of one base directory share its weights."""
 
     def __post_init__(self) -> None:
         if not self.name or not self.name.isprintable():
@@ -71,6 +71,11 @@ class ServeConfig:
     """Run kernels that the machine's C++ compiler builds once for its processor, where they can run the model."""
     workers: int = 1
     """Processes that share the layers."""
+    shadow: float = 0.0
+    """Share of the tokens that are held against the final exit after they left early, to see whether certificates hold;
+    not with workers. 0.01 costs next to nothing."""
+    tp: int = 1
+    """So many of the workers share each matrix of a stage (tensor parallel); workers is a multiple of it."""
     dtype: str = "float32"
     """Of the computation: float32, bfloat16, float16 or float64."""
     device: str = "cpu"
@@ -93,8 +98,9 @@ class ServeConfig:
         if self.quantize is not None:
             check_choice("quantize", self.quantize, ("int8", "int4"))
         check_at_least(self, 0, "port", "max_waiting", "max_stops", "stream_s", "drain_s")
-        check_at_least(self, 1, "max_batch", "max_tokens", "max_body_bytes", "max_stop_chars", "workers")
+        check_at_least(self, 1, "max_batch", "max_tokens", "max_body_bytes", "max_stop_chars", "workers", "tp")
         check_at_least(self, 1e-3, "deadline_s", "body_s")
+        check_fraction(self, "shadow")
         if self.port > 65535:
             raise ConfigError(f"port = {self.port}: must be at most 65535")
         if self.models and (self.model or self.adapter or self.name):

@@ -47,7 +47,7 @@ def read_documents(paths: Sequence[Path], tokenizer: Tokenizer) -> Iterator[Docu
 
 def _read_whole(path: Path, tokenizer: Tokenizer) -> Iterator[Document]:
     with naming(str(path)):
-        text = _utf8(path.read_bytes())
+        text = utf8(path.read_bytes())
         if not text.strip():
             raise DataError(EMPTY)
         yield _encode(text, tokenizer)
@@ -69,7 +69,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, int, str | Messages]]:
             is_empty = False
             where = f"{path}:{number}"
             with naming(where):
-                content = _from_line(_utf8(line))
+                content = _from_line(utf8(line))
             yield where, len(line), content
     if is_empty:
         raise DataError(f"{path}: {EMPTY}")
@@ -92,7 +92,8 @@ def nothing_to_learn(num_documents: int, num_tokens: int) -> str:
     )
 
 
-def _utf8(data: bytes) -> str:
+def utf8(data: bytes) -> str:
+    """Its text, without a byte order mark. Raises DataError."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

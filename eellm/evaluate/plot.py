@@ -28,7 +28,7 @@ WIDE = 10
 def save_plot(curve: Mapping[str, Any], path: Path) -> None:
     """Writes the picture; the suffix chooses the format. Raises ConfigError without matplotlib."""
     figure = _draw(curve)
-    with _settings():
+    with settings():
         figure.savefig(path, facecolor="white", dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
@@ -39,7 +39,7 @@ def inline_svg(curve: Mapping[str, Any]) -> str:
     """
     figure, buffer = _draw(curve), io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with _settings():
+    with settings():
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
@@ -47,7 +47,8 @@ def inline_svg(curve: Mapping[str, Any]) -> str:
     return text.replace("<svg", '<svg role="img" aria-label="Agreement and perplexity against speed-up"', 1)
 
 
-def _settings() -> Any:
+def settings() -> Any:
+    """matplotlib's, for text that stays text and files that are the same each time."""
     import matplotlib
 
     return matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "eellm"})

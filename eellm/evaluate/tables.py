@@ -27,6 +27,11 @@ class Cells:
             table.add_row(*row)
         return table
 
+    def as_markdown(self) -> str:
+        """For a file."""
+        lines = (self.headers, ("---",) * len(self.headers), *self.rows)
+        return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
 
 def evaluation_cells(evaluation: Mapping[str, Any]) -> Cells:
     """One row per exit."""

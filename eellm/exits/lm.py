@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from eellm.config.calibrate import Certificate
 from eellm.config.model import ExitConfig, ModelConfig
 from eellm.exits.heads import Exit, MLPBlock
 from eellm.model.decoder import Decoder
@@ -35,7 +36,8 @@ class ExitHead:
 
 
 class EarlyExitLM(nn.Module):
-    """A decoder with its exits. Made by `eellm.build` or `eellm.load`; `tokenizer` is set where the model has one."""
+    """A decoder with its exits. Made by `eellm.build` or `eellm.load`; `tokenizer` is set where the model has one, and
+    `certificates` are those stored with its exits."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -43,6 +45,7 @@ class EarlyExitLM(nn.Module):
         self.decoder = Decoder(config)
         self.exits = nn.ModuleDict({str(e.layer): Exit(config, e) for e in config.exits})
         self.tokenizer: Tokenizer | None = None
+        self.certificates: tuple[Certificate, ...] = ()
 
     def forward(self, tokens_BT: Tensor) -> dict[int, Tensor]:
         """Logits (B, T, V) of every exit, by layer; the final one's key is L. No cache."""

@@ -113,15 +113,20 @@ class ExitTable:
             taken_N[(taken_N == self.final) & (score_N.double() >= tau)] = layer
         return taken_N
 
+    def answers(self, taken_N: Tensor) -> tuple[Tensor, Tensor]:
+        """What rows that leave at these layers choose, and the label's negative log-likelihood there in float64."""
+        choice_N, nll_N = self.exits[self.final].choice_N.clone(), self.exits[self.final].nll_N.double()
+        for layer, rows in self.exits.items():
+            leaves_N = taken_N == layer
+            choice_N[leaves_N], nll_N[leaves_N] = rows.choice_N[leaves_N], rows.nll_N[leaves_N].double()
+        return choice_N, nll_N
+
     def at_threshold(
         self, threshold: Threshold, policy: str = "max_prob", exits: Sequence[int] | None = None
     ) -> PolicyPoint:
         """The text under one exit rule. Arguments and errors are those of `exit_taken`."""
         taken_N = self.exit_taken(threshold, policy, exits)
-        choice_N, nll_N = self.exits[self.final].choice_N.clone(), self.exits[self.final].nll_N.double()
-        for layer, rows in self.exits.items():
-            leaves_N = taken_N == layer
-            choice_N[leaves_N], nll_N[leaves_N] = rows.choice_N[leaves_N], rows.nll_N[leaves_N].double()
+        choice_N, nll_N = self.answers(taken_N)
         agrees_N = choice_N == self.exits[self.final].choice_N
         nll = float(nll_N.mean())
         return PolicyPoint(

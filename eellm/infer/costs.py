@@ -73,7 +73,7 @@ class StepCosts:
     gate_s: Mapping[int, Curve] = field(default_factory=dict)
     """By layer, of the exits with a gate: from hidden states to scores, without answers."""
     overhead_s: float
-    """Of each pass, whatever its layers and rows."""
+    """Of each pass, whatever its layers and rows. A single row goes on from stop to stop in the same pass."""
 
     def __post_init__(self) -> None:
         if len(self.segment_s) != len(self.stops) or set(self.head_s) != set(self.stops):
@@ -135,7 +135,7 @@ class StepCosts:
         """By the stops in front and at the end."""
         ranges, rows = {}, self.segment_s[0].rows
         for first, start in enumerate((0, *self.stops[:-1])):
-            seconds = [self.overhead_s] * len(rows)
+            seconds = [self.overhead_s if start == 0 or n > 1 else 0.0 for n in rows]
             for segment in range(first, len(self.stops)):
                 seconds = [s + more for s, more in zip(seconds, self.segment_s[segment].seconds, strict=True)]
                 ranges[start, self.stops[segment]] = Curve(rows, tuple(seconds))

@@ -15,25 +15,28 @@ from typing import Any, Self
 
 from eellm.checkpoint.hf import load
 from eellm.config.infer import GenerateConfig, generate_config
-from eellm.errors import ConfigError, RequestError, WorkerError
+from eellm.errors import CertificateError, ConfigError, RequestError, WorkerError
 from eellm.exits.lm import EarlyExitLM
 from eellm.infer.costs import StepCosts
 from eellm.infer.decode.make import Methods
 from eellm.infer.handle import Handle
 from eellm.infer.loop import Loop
 from eellm.infer.measure import measured
+from eellm.infer.memory import Memory
 from eellm.infer.network import Network
+from eellm.infer.packing import Packed
 from eellm.infer.pipelined.crew import Crew
-from eellm.infer.pipelined.loop import PipelinedLoop, PipelinedMemory, PipelinedScheduler
-from eellm.infer.pipelined.start import join, make_pipeline
+from eellm.infer.pipelined.loop import PipelinedMemory
+from eellm.infer.pipelined.start import check_workers, join, make_pipeline
 from eellm.infer.prepare import network_of
 from eellm.infer.quantize import Quantize
-from eellm.infer.request import Prompt, check_prompts, make_request, make_scoring
+from eellm.infer.request import Prompt, Request, check_prompts, make_request, make_scoring
 from eellm.infer.result import EngineStats, Generation
 from eellm.infer.sampling import Sampler
 from eellm.infer.scheduler import Scheduler
-from eellm.infer.score import Score, score
+from eellm.infer.score import Score, Scoring
 from eellm.infer.sequence import Sequence
+from eellm.infer.shadow import Shadow
 from eellm.infer.slots import Slots
 
 
@@ -50,7 +53,10 @@ class Engine:
         compile: bool | None = None,
         cache_dir: Path | None = None,
         workers: int = 1,
+        tp: int = 1,
         timeout_s: float = 60.0,
+        shadow: float = 0.0,
+        packed: Packed | None = None,
     ) -> None:
         """model: a model, or what `eellm.load` takes. max_batch: requests served at the same time; others wait for
         their turn. max_tokens: the most that one request may have, prompt and new tokens together; memory for keys
@@ -61,37 +67,43 @@ class Engine:
 
         workers: processes that share the model's layers, this one among them; each of them computes with its part of
         this one's threads. Under torchrun they are its processes, with the threads that they have: on rank 0 this is
-        the engine, on the others it serves until the engine closes, and then ends the process. timeout_s: without a
-        sign of life, after which a worker is given up."""
-        if workers < 1:
-            raise ConfigError(f"workers = {workers}: must be at least 1")
-        group = join(workers) if workers > 1 else None
+        the engine, on the others it serves until the engine closes, and then ends the process. tp: so many of them
+        share each matrix of a stage. timeout_s: without a sign of life, after which a worker is given up. shadow: share
+        of the tokens that are held against the final exit after they left early, to see whether certificates still hold
+        (see `stats`); not with workers. packed: where engines of models that share parameters share the matrices made
+        of them; not with workers."""
+        check_workers(workers, tp, compile)
+        if workers > 1 and shadow > 0:
+            raise ConfigError(f"shadow = {shadow}: tokens can't be checked across workers; leave one of the two out")
+        met = join(workers, tp) if workers > 1 else None
         self.model = load(model) if isinstance(model, str | Path) else model
         self.quantize, self.compile, self.cache_dir = quantize, compile, cache_dir
         self.failure: WorkerError | None = None
         self.crew: Crew | None = None
         if workers == 1:
-            self.network = network_of(self.model, quantize, cache_dir, compile)
-            self.memory = self.network.new_memory()
-            self.scheduler = Scheduler(self._costs)
-            self.loop = Loop(self.network, self.memory, self.scheduler)
+            self.network = network_of(self.model, quantize, cache_dir, compile, packed)
+            memory = self.network.new_memory()
+            self.memory: Memory | PipelinedMemory = memory
+            self.loop = Loop(self.network, memory, Scheduler(self._costs))
         else:
             pipeline = make_pipeline(
                 self.model,
                 workers,
-                group,
+                tp,
+                met,
                 quantize=quantize,
                 compile=compile,
                 cache_dir=cache_dir,
                 max_batch=max_batch,
                 timeout_s=timeout_s,
+                costs=self._costs,
             )
             self.network, self.crew = pipeline.network, pipeline.crew
             weakref.finalize(self, self.crew.close)
-            self.memory = PipelinedMemory(self.network, self.crew)
-            self.scheduler = PipelinedScheduler(self._costs)
-            self.loop = PipelinedLoop(self.network, self.memory, self.scheduler, self.crew)
-        self.methods = Methods(self._costs)
+            self.memory, self.loop = pipeline.memory, pipeline.loop
+        self.scheduler = self.loop.scheduler
+        self.shadow = Shadow(shadow)
+        self.methods = Methods(self._costs, self.shadow)
         self.slots = Slots(max_batch)
         self.max_tokens = min(max_tokens, self.model.config.max_seq_len)
         self.waiting: deque[Sequence] = deque()
@@ -110,6 +122,7 @@ class Engine:
         request = make_request(self.model, prompt, options or generate_config(**fields))
         if request.options.method == "pipelined" and self.crew is None:
             raise RequestError("method = 'pipelined' needs worker processes: make the engine with workers=2 or more")
+        self._check_certified(request)
         config = self.model.config
         needed = request.capacity(config.max_seq_len)
         if needed > self.max_tokens:
@@ -159,19 +172,33 @@ class Engine:
         **fields: Any,
     ) -> list[Score]:
         """Log-likelihood of each text but its first token, given what comes before; of a pair (context, continuation)
-        that of the continuation.
+        that of the continuation. Short texts go through the model together.
 
-        At full depth; at the exit of layer `exit`; or, with a `policy` or `threshold` (and `exits`, as in `submit`),
-        each token at the exit that it would take. top_logprobs: how many of the likeliest tokens each place tells.
-        Raises RequestError for a text that can't be scored.
+        At full depth; at the exit of layer `exit`; or, with a `risk`, `policy` or `threshold` (and `exits`, as in
+        `submit`), each token at the exit that it would take. top_logprobs: how many of the likeliest tokens each place
+        tells. Raises RequestError for a text that can't be scored.
         """
-        scored = []
-        for text in texts:
-            request, first = make_scoring(self.model, text, exit, fields)
-            policy = request.options.policy
-            network = self._whole_network()
-            scored.append(score(network, request.tokens, first, request.thresholds, policy, top_logprobs=top_logprobs))
-        return scored
+        if not texts:
+            return []
+        scoring = self.scoring(texts, exit=exit, top_logprobs=top_logprobs, **fields)
+        while scoring.advance():
+            pass
+        return scoring.result()
+
+    def scoring(
+        self,
+        texts: SequenceOf[Prompt | tuple[Prompt, Prompt]],
+        *,
+        exit: int | None = None,
+        top_logprobs: int = 0,
+        **fields: Any,
+    ) -> Scoring:
+        """`score` for at least one text, a part at a time: for between two steps."""
+        made = [make_scoring(self.model, text, exit, fields) for text in texts]
+        rule = made[0][0]  # all have the same
+        self._check_certified(rule)
+        tokens = [(request.tokens, first) for request, first in made]
+        return Scoring(self._whole_network(), tokens, rule.thresholds, rule.policy, top_logprobs=top_logprobs)
 
     def step(self) -> bool:
         """One tick for everyone. Returns whether there was anything to do. Raises WorkerError where a worker is lost;
@@ -219,6 +246,7 @@ class Engine:
                 reused_tokens=self.reused_tokens,
                 memory_bytes=self.memory.num_bytes,
                 weight_bytes=self.network.num_bytes + (0 if self.crew is None else self.crew.weight_bytes),
+                shadow=self.shadow.report(),
             )
 
     def close(self) -> None:
@@ -244,11 +272,19 @@ class Engine:
         return network.costs
 
     def _whole_network(self) -> Network:
-        """All layers. Where workers share them they come into this process's memory when they are first needed: to
-        score, and to know what drafts cost."""
-        return (
-            self.network if self.crew is None else network_of(self.model, self.quantize, self.cache_dir, self.compile)
-        )
+        """All layers. Where several stages share them they come into this process's memory when they are first needed:
+        to score, and to know what drafts cost."""
+        if len(self.network.held) == self.model.config.num_layers:
+            return self.network
+        return network_of(self.model, self.quantize, self.cache_dir, self.compile)
+
+    def _check_certified(self, request: Request) -> None:
+        """Raises CertificateError where the engine doesn't compute with the weights that the certificate is for."""
+        if request.certificate is not None and self.quantize is not None:
+            raise CertificateError(
+                f"risk = {request.options.risk:g}: certificates are for the weights as they are, not for those rounded "
+                f"to {self.quantize}; leave quantize out, or give a threshold"
+            )
 
     def _check_workers(self) -> None:
         if self.failure is not None:
@@ -300,14 +336,16 @@ class Engine:
         seq.waiting = []
 
 
-def generate(model: EarlyExitLM, prompts: SequenceOf[Prompt], *, workers: int = 1, **fields: Any) -> list[Generation]:
-    """`Engine.generate` on an engine made for this call: the prompts are served together. workers: as `Engine`'s; to
-    start them takes seconds each time.
+def generate(
+    model: EarlyExitLM, prompts: SequenceOf[Prompt], *, workers: int = 1, tp: int = 1, **fields: Any
+) -> list[Generation]:
+    """`Engine.generate` on an engine made for this call: the prompts are served together. workers, tp: as `Engine`'s;
+    to start them takes seconds each time.
 
     Raises ConfigError or RequestError before anything is generated.
     """
     max_batch = max(1, min(len(check_prompts(prompts)), 16))
-    with Engine(model, max_batch=max_batch, max_tokens=model.config.max_seq_len, workers=workers) as engine:
+    with Engine(model, max_batch=max_batch, max_tokens=model.config.max_seq_len, workers=workers, tp=tp) as engine:
         return engine.generate(prompts, **fields)
 
 

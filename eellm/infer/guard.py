@@ -34,15 +34,16 @@ def early_pays(
     max_deferred: int = 16,
     margin: float = 0.03,
     gated: bool = False,
+    whole: bool = False,
 ) -> EarlyPlan:
     """The exits whose use makes tokens fastest; none, unless they are faster than full depth by the margin.
 
     exits: where tokens leave when all of these exits are in use; no others are proposed. Taken to hold: a token that
     leaves at one which isn't used leaves at the next that is. Sequences make their steps together, as in
     `eellm.plan.decode`, whose formulas for the rows of a pass these are. gated: gates say whether an exit is sure.
-    Found as shortest paths from exit to exit, for every last one.
+    whole: all of these exits are used, or none. Found as shortest paths from exit to exit, for every last one.
     """
-    layers = costs.stops[:-1]
+    layers = tuple(layer for layer in costs.stops[:-1] if not whole or layer in exits.shares)
     below = {layer: sum(share for at, share in exits.shares.items() if at <= layer) for layer in (0, *layers)}
 
     @cache
@@ -62,8 +63,11 @@ def early_pays(
     for number, last in enumerate(layers, 1):
         final = max(1 - below[last], 0.0)
         paths: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+        if whole and number < len(layers):
+            continue
         for layer in layers[:number]:
-            paths[layer] = min((s + hop_s(at, layer, final), (*used, layer)) for at, (s, used) in paths.items())
+            before = [*paths.items()][-1:] if whole else paths.items()
+            paths[layer] = min((s + hop_s(at, layer, final), (*used, layer)) for at, (s, used) in before)
         seconds, used = paths[last]
         seconds += hop_s(last, costs.num_layers, final)
         if seconds <= best_s:

@@ -85,7 +85,7 @@ class Loop:
             self._at_end(h_ND, sequences, counts)
 
     def _can_walk(self, seq: Served) -> bool:
-        return seq.request.options.policy != "gate" and not seq.decode.exits_in_use & self.own_layer
+        return seq.request.policy != "gate" and not seq.decode.exits_in_use & self.own_layer
 
     def _walk(self, seq: Served, plan: StepPlan, tick: int) -> None:
         """A sequence's rows, until an exit answers the newest one or the end is reached; those that wait on the way
@@ -102,23 +102,23 @@ class Loop:
         end_row = seq.passed[stop] + sum(piece.end - piece.start for piece in moving)
         legs, span = self._legs(seq, ends, end_row), Span(seq.slot, end_row - len(h_ND), len(h_ND))
         done = 0 if stop == 0 else self.stops[stop - 1]
-        h_ND, heard = self.network.walk(h_ND, done, legs, span, self.memory, seq.request.options.policy)
-        last = ends[len(heard) - 1]
+        h_ND, gone = self.network.walk(h_ND, done, legs, span, self.memory, seq.request.policy)
+        last = ends[len(gone) - 1]
         for i in range(stop, last + 1):
             seq.passed[i] = end_row
-        for end in ends[: len(heard) - 1]:
+        for end in ends[: len(gone) - 1]:
             seq.waiting[end] = []
         seq.ready_since = tick
         seq.work.layers += self.stops[last] - done
         if last + 1 < len(self.stops):
-            seq.waiting[last].append(Piece(h_ND, legs[len(heard) - 1].start, len(h_ND)))
+            seq.waiting[last].append(Piece(h_ND, legs[len(gone) - 1].start, len(h_ND)))
             seq.frontier = last + 1
         else:
             seq.frontier = None
             seq.work.deep_passes += 1
-        for end, said in zip(ends, heard, strict=False):
-            if said is not None:
-                self._take_answer(seq, end, said)
+        for end, leg in zip(ends, gone, strict=False):
+            if leg.heard is not None:
+                self._take_answer(seq, end, leg.heard)
 
     def _legs(self, seq: Served, ends: Sequence[int], end_row: int) -> list[Leg]:
         legs, start = [], 0
@@ -136,7 +136,7 @@ class Loop:
 
     def _take_answer(self, seq: Served, end: int, said: Heard) -> None:
         """What the head at a stop said of the newest rows of a walk, which ended there if it is sure."""
-        layer, policy = self.stops[end], seq.request.options.policy
+        layer, policy = self.stops[end], seq.request.policy
         readings = readings_of(layer, said.logits_NV, said.answers, [policy] * len(said.answers))
         seq.work.count_head(layer)
         if end + 1 == len(self.stops):
@@ -190,7 +190,7 @@ class Loop:
             self.network,
             layer,
             rows_of(h_ND, [row for _, row in tested]),
-            [seq.request.options.policy for seq, _ in tested],
+            [seq.request.policy for seq, _ in tested],
             [seq.decode.exits(seq)[layer] for seq, _ in tested],
         )
         for i in asked:
@@ -238,7 +238,7 @@ class Loop:
     def _read(self, layer: int, h_ND: Tensor, sequences: Sequence[Served]) -> list[Reading]:
         for seq in dict.fromkeys(sequences):
             seq.work.count_head(layer)
-        return read(self.network, layer, h_ND, [seq.request.options.policy for seq in sequences])
+        return read(self.network, layer, h_ND, [seq.request.policy for seq in sequences])
 
 
 def _ends(spans: Iterable[Span]) -> list[int]:

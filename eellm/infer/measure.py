@@ -10,6 +10,7 @@ depth.
 import hashlib
 import itertools
 import json
+import math
 import os
 import platform
 import time
@@ -22,14 +23,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from eellm.config.infer import GenerateConfig
+from eellm.config.infer import POLICY, GenerateConfig
 from eellm.errors import ConfigError
 from eellm.infer.attention import PassRows, Span
 from eellm.infer.costs import MEASURED_ROWS, Curve, StepCosts
 from eellm.infer.decode.early import Early
 from eellm.infer.loop import Loop
 from eellm.infer.memory import Memory
-from eellm.infer.network import Network
+from eellm.infer.network import Leg, Network
 from eellm.infer.readout import read
 from eellm.infer.request import Request
 from eellm.infer.sampling import Sampler
@@ -41,6 +42,8 @@ T = TypeVar("T")
 NUM_RUNS = 7
 MIN_OVERHEAD_S = 1e-6
 CONTEXT = 64
+FORMAT = 2
+"""Goes up where times that were kept say something else than new ones."""
 
 
 @torch.inference_mode()
@@ -52,6 +55,8 @@ def measure(network: Network) -> StepCosts:
     memory = network.new_memory()
     memory.reserve(1, context + counts[-1])
     quickest = {n: _quickest(network, memory, context, n) for n in counts}
+    if network.device.type == "cpu":
+        quickest[1] |= _quickest_walk(network, memory, context)
 
     def curve(part: str, layer: int) -> Curve:
         return Curve(counts, tuple(quickest[n][part, layer] for n in counts))
@@ -83,7 +88,20 @@ def _quickest(network: Network, memory: Memory, context: int, num_rows: int) -> 
             times.take(("head", stop), partial(_answers, network, stop, h_ND, rows, memory))
             if stop in network.gates:
                 times.take(("gate", stop), partial(_gates, network, stop, h_ND, rows, memory))
-    return {part: min(seconds) for part, seconds in times.seconds.items()}
+    return times.best()
+
+
+def _quickest_walk(network: Network, memory: Memory, context: int) -> dict[tuple[str, int], float]:
+    """Each part's best time where a row goes from stop to stop in one call."""
+    stops, times = (*network.config.exit_layers, network.config.num_layers), _Times(network.device)
+    legs = [Leg(last=stop, start=0, num_asked=int(stop not in network.own_layer), threshold=math.inf) for stop in stops]
+    for _ in range(NUM_RUNS + 1):
+        _, gone = network.walk(network.embed([1]), 0, legs, Span(0, context, 1), memory, "max_prob")
+        for stop, leg in zip(stops, gone, strict=True):
+            times.add(("segment", stop), leg.layers_s)
+            if leg.heard is not None:
+                times.add(("head", stop), leg.head_s)
+    return times.best()
 
 
 def _answers(network: Network, layer: int, h_ND: Tensor, rows: PassRows, memory: Memory) -> object:
@@ -104,8 +122,14 @@ class _Times:
         result = run()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.seconds.setdefault(part, []).append(time.perf_counter() - start)
+        self.add(part, time.perf_counter() - start)
         return result
+
+    def add(self, part: tuple[str, int], seconds: float) -> None:
+        self.seconds.setdefault(part, []).append(seconds)
+
+    def best(self) -> dict[tuple[str, int], float]:
+        return {part: min(seconds) for part, seconds in self.seconds.items()}
 
 
 def _full_tick_s(network: Network, context: int) -> float:
@@ -114,7 +138,7 @@ def _full_tick_s(network: Network, context: int) -> float:
     prompt = [i % config.vocab_size for i in range(context)]
     num_tokens = min(4 * NUM_RUNS, config.max_seq_len - context)
     options = GenerateConfig(method="full", max_new_tokens=num_tokens, ignore_eos=True)
-    request = Request(tokens=prompt, thresholds={}, options=options)
+    request = Request(tokens=prompt, thresholds={}, policy=POLICY, options=options)
     memory = network.new_memory()
     memory.reserve(1, context + num_tokens)
     loop = Loop(network, memory, Scheduler(lambda: measure(network)))
@@ -161,6 +185,7 @@ def measured(network: Network, directory: Path | None) -> StepCosts:
 def _key(network: Network) -> str:
     """All that times depend on, and that can be known."""
     facts = {
+        "format": FORMAT,
         "config": asdict(network.config),
         "network": type(network).__name__,
         "bytes": network.num_bytes,

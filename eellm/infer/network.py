@@ -6,6 +6,7 @@ those of `EarlyExitLM`, whose memory and names it leaves alone: it is made of co
 Shapes: N rows, D hidden, V vocabulary.
 """
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,6 +47,18 @@ class Heard:
     answers: list[Answer]
 
 
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """A leg that was gone."""
+
+    heard: Heard | None
+    """None: the head wasn't asked."""
+    layers_s: float
+    """What its layers took; on a GPU, what starting them did."""
+    head_s: float
+    """What asking the head took."""
+
+
 class Network(ABC):
     def __init__(self, model: EarlyExitLM, layers: range | None = None) -> None:
         """layers: unset, all; of some, with their exits, the first comes with the embedding and the last with the final
@@ -81,28 +94,29 @@ class Network(ABC):
 
     def walk(
         self, h_ND: Tensor, done: int, legs: Sequence[Leg], span: Span, memory: Memory, policy: str
-    ) -> tuple[Tensor, list[Heard | None]]:
+    ) -> tuple[Tensor, list[Gone]]:
         """Moves one sequence's rows on, leg after leg, until a head is sure of the newest row or the last leg is gone.
 
         h_ND: all rows that take part in some leg. done: the layer that those of the first leg have passed. policy:
         whose score a head is asked for; not `gate`, nor may an exit that is asked have a layer of its own. Returns the
-        rows where they are now, and what was heard behind each leg that was gone.
+        rows where they are now, and what became of each leg that was gone.
         """
-        heard = list[Heard | None]()
+        gone = list[Gone]()
         for leg in legs:
+            start_s = time.perf_counter()
             count = len(h_ND) - leg.start
             rows = self.rows([Span(span.slot, span.end - count, count)])
             moved_ND = self.run(h_ND[leg.start :], done + 1, leg.last, rows, memory)
             h_ND = moved_ND if leg.start == 0 else torch.cat((h_ND[: leg.start], moved_ND))
-            done = leg.last
+            done, asked_s = leg.last, time.perf_counter()
             if not leg.num_asked:
-                heard.append(None)
+                gone.append(Gone(None, asked_s - start_s, 0.0))
                 continue
             logits_NV, answers = self.answers(leg.last, h_ND[-leg.num_asked :], [policy])
-            heard.append(Heard(logits_NV, answers))
+            gone.append(Gone(Heard(logits_NV, answers), asked_s - start_s, time.perf_counter() - asked_s))
             if answers[-1][2][0] >= leg.threshold:
                 break
-        return h_ND, heard
+        return h_ND, gone
 
     def gate(self, layer: int, z_ND: Tensor) -> Tensor:
         """Normed hidden states → (N,): how likely the exit agrees with the final one."""

@@ -19,7 +19,7 @@ from eellm.infer.angles import Angles
 from eellm.infer.attention import PackedRows, PassRows, Span
 from eellm.infer.memory import Memory
 from eellm.infer.network import Answer, Network
-from eellm.infer.packing import Packer
+from eellm.infer.packing import Packed, Packer, Team
 from eellm.infer.quantize import Quantize
 from eellm.infer.weights import Matrix
 from eellm.model.layers import MLP, Layer, RMSNorm
@@ -32,10 +32,14 @@ class PackedNetwork(Network):
         quantize: Quantize | None = None,
         layers: range | None = None,
         cache_dir: Path | None = None,
+        packed: Packed | None = None,
+        team: Team | None = None,
     ) -> None:
-        """Copies the model's weights; quantize: into matrices of so many bits. cache_dir: where those are kept."""
+        """Copies the model's weights; quantize: into matrices of so many bits. cache_dir: where those are kept. packed:
+        matrices that others have made. team: those who hold the other parts of the model's matrices, where `model` has
+        a part of each."""
         super().__init__(model, layers)
-        decoder, packer = model.decoder, Packer(quantize, cache_dir)
+        decoder, packer = model.decoder, Packer(quantize, cache_dir, packed, team)
         self.angles = Angles(self.config, dtype=self.dtype, device=self.device)
         self.layers = {n: PackedLayer(decoder.layer(n), packer) for n in self.held}
         is_last = self.config.num_layers in self.held
@@ -82,14 +86,19 @@ class PackedNetwork(Network):
 
     def answers(self, layer: int, h_ND: Tensor, policies: Sequence[str]) -> tuple[Tensor, list[Answer]]:
         logits_NV = self.logits(layer, self.normed(layer, h_ND))
-        tokens_N1 = logits_NV.max(dim=-1, keepdim=True).indices
-        logprobs_N = logits_NV.log_softmax(-1).gather(-1, tokens_N1)[:, 0]
-        columns = [tokens_N1[:, 0].double(), logprobs_N.double()]
-        for policy in policies:
-            score_N = logprobs_N.exp().clamp(max=1) if policy == "max_prob" else SCORES[policy](logits_NV)
-            columns.append(score_N.double())
-        table = torch.stack(columns, dim=-1).tolist()  # one look at the device's results
-        return logits_NV, [(int(row[0]), row[1], row[2:]) for row in table]
+        return logits_NV, answers_of(logits_NV, policies)
+
+
+def answers_of(logits_NV: Tensor, policies: Sequence[str]) -> list[Answer]:
+    """What raw float32 logits say, row by row."""
+    tokens_N1 = logits_NV.max(dim=-1, keepdim=True).indices
+    logprobs_N = logits_NV.log_softmax(-1).gather(-1, tokens_N1)[:, 0]
+    columns = [tokens_N1[:, 0].double(), logprobs_N.double()]
+    for policy in policies:
+        score_N = logprobs_N.exp().clamp(max=1) if policy == "max_prob" else SCORES[policy](logits_NV)
+        columns.append(score_N.double())
+    table = torch.stack(columns, dim=-1).tolist()  # one look at the device's results
+    return [(int(row[0]), row[1], row[2:]) for row in table]
 
 
 class PackedHead:
@@ -123,7 +132,7 @@ class PackedMLP:
     def __init__(self, norm: RMSNorm, mlp: MLP, packer: Packer) -> None:
         self.norm = Norm(norm)
         self.gate_up = packer.pack(mlp.gate, mlp.up)
-        self.down = packer.pack(mlp.down)
+        self.down = packer.pack(mlp.down, is_summed=True)
         self.activation = mlp.activation
 
     def __call__(self, x_ND: Tensor) -> Tensor:
@@ -138,7 +147,7 @@ class PackedLayer:
         attn = layer.attn
         self.norm = Norm(layer.attn_norm)
         self.qkv = packer.pack(attn.q, attn.k, attn.v)
-        self.out = packer.pack(attn.out)
+        self.out = packer.pack(attn.out, is_summed=True)
         self.mlp = PackedMLP(layer.mlp_norm, layer.mlp, packer)
         self.head_size, self.window = attn.head_size, attn.window
         self.num_heads = attn.q.out_features // attn.head_size

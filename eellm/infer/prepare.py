@@ -8,6 +8,7 @@ from eellm.exits.lm import EarlyExitLM
 from eellm.infer.native.network import NativeNetwork, why_not
 from eellm.infer.network import Network
 from eellm.infer.packed import PackedNetwork
+from eellm.infer.packing import Packed
 from eellm.infer.quantize import Quantize
 
 # a memo: what is in it follows from the model's weights, and goes when the model goes
@@ -21,8 +22,10 @@ def make_network(
     layers: range | None = None,
     cache_dir: Path | None = None,
     compile: bool | None = None,
+    packed: Packed | None = None,
 ) -> Network:
     """quantize: matrices of so many bits. layers: unset, all. cache_dir: where rounded weights and kernels are kept.
+    packed: matrices that others have made.
 
     compile: whether to run kernels of our own, built for this processor. Unset: where they can be; ConfigError, with
     the reason, where they are asked for and can't.
@@ -32,8 +35,8 @@ def make_network(
     if compile and reason is not None:
         raise ConfigError(f"compile = True: {reason}")
     if compile is False or reason is not None:
-        return PackedNetwork(model, quantize, layers, cache_dir)
-    return NativeNetwork(model, quantize, layers, cache_dir)
+        return PackedNetwork(model, quantize, layers, cache_dir, packed)
+    return NativeNetwork(model, quantize, layers, cache_dir, packed)
 
 
 def network_of(
@@ -41,11 +44,12 @@ def network_of(
     quantize: Quantize | None = None,
     cache_dir: Path | None = None,
     compile: bool | None = None,
+    packed: Packed | None = None,
 ) -> Network:
     """The model's network; made anew when its weights have changed since."""
     state = tuple((name, p.data_ptr(), p._version) for name, p in model.named_parameters())
     made = _NETWORKS.setdefault(model, {})
     key = (quantize, compile)
     if key not in made or made[key][0] != state:
-        made[key] = (state, make_network(model, quantize=quantize, cache_dir=cache_dir, compile=compile))
+        made[key] = (state, make_network(model, quantize=quantize, cache_dir=cache_dir, compile=compile, packed=packed))
     return made[key][1]

@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from eellm.config.infer import GenerateConfig, generate_config, thresholds_by_layer
+from eellm.config.calibrate import Certificate
+from eellm.config.infer import POLICY, GenerateConfig, PolicyName, generate_config, thresholds_by_layer
 from eellm.errors import ConfigError, RequestError
+from eellm.exits.certified import certified
 from eellm.exits.lm import EarlyExitLM
 from eellm.text.tokenizer import Tokenizer
 
@@ -20,7 +22,11 @@ class Request:
     tokens: list[int]
     thresholds: dict[int, float]
     """By layer, the exits that can be taken. Empty: full depth."""
+    policy: PolicyName
+    """The score that says how sure they are."""
     options: GenerateConfig
+    certificate: Certificate | None = None
+    """Where thresholds and policy come from, if a risk was asked for."""
 
     def capacity(self, max_seq_len: int) -> int:
         """Rows that the caches must hold."""
@@ -37,7 +43,7 @@ def make_request(model: EarlyExitLM, prompt: Prompt, options: GenerateConfig) ->
         )
     if options.stop and model.tokenizer is None:
         raise RequestError("stop strings need a tokenizer, and the model has none")
-    return Request(tokens=tokens, thresholds=_thresholds(model, options), options=options)
+    return _request(model, tokens, options)
 
 
 def make_scoring(
@@ -64,7 +70,7 @@ def make_scoring(
         raise RequestError("a text of one token has nothing to score: the first token is given")
     if len(tokens) > model.config.max_seq_len + 1:
         raise RequestError(f"the text has {len(tokens)} tokens; the model's context is {model.config.max_seq_len}")
-    return Request(tokens=tokens, thresholds=_thresholds(model, options), options=options), first
+    return _request(model, tokens, options), first
 
 
 def check_prompts(prompts: Sequence[Prompt]) -> Sequence[Prompt]:
@@ -98,6 +104,18 @@ def _tokenizer(model: EarlyExitLM) -> Tokenizer:
     if model.tokenizer is None:
         raise RequestError("the model has no tokenizer; give the prompt as a list of token ids")
     return model.tokenizer
+
+
+def _request(model: EarlyExitLM, tokens: list[int], options: GenerateConfig) -> Request:
+    """With the exit rule that the options or a certificate give. Raises ConfigError, CertificateError."""
+    if options.risk is not None:
+        certificate = certified(model, options.risk, options.risk_metric)
+        thresholds = {layer: tau for layer, tau in sorted(certificate.by_layer.items()) if tau < 1}
+        policy = certificate.policy
+        return Request(tokens=tokens, thresholds=thresholds, policy=policy, options=options, certificate=certificate)
+    return Request(
+        tokens=tokens, thresholds=_thresholds(model, options), policy=options.policy or POLICY, options=options
+    )
 
 
 def _thresholds(model: EarlyExitLM, options: GenerateConfig) -> dict[int, float]:

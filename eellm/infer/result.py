@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from eellm.infer.shadow import ShadowReport
+
 
 @dataclass(frozen=True, kw_only=True)
 class Token:
@@ -19,8 +21,8 @@ class Token:
     top: tuple[tuple[int, float], ...] = ()
     """As many of the likeliest tokens as `top_logprobs` asks for, each with its log-probability, likeliest first."""
     passed: tuple[tuple[int, float], ...] = ()
-    """Exits that were asked about it before and weren't sure enough: layer and score, in order. Those that workers ask
-    aren't known here, nor, under `speculative`, those about drafts."""
+    """Exits that were asked about it before and weren't sure enough: layer and score, in order; not, under
+    `speculative`, those asked about drafts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +85,8 @@ class EngineStats:
     """Keys and values."""
     weight_bytes: int
     """The matrices, as they are multiplied with."""
+    shadow: ShadowReport
+    """What became of the tokens that were checked."""
 
 
 @dataclass

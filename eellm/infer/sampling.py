@@ -66,7 +66,8 @@ class Sampler:
         if self.sampling.temperature == 0:
             return torch.zeros_like(logits_V).index_fill(0, logits_V.argmax(), 1.0)
         distance_V = logits_V - logits_V.max()  # so that a tiny temperature overflows to -inf, never to inf
-        probabilities_V = filtered(distance_V / self.sampling.temperature, self.sampling)
+        temperature = max(self.sampling.temperature, torch.finfo(logits_V.dtype).tiny)  # less is rounded to 0
+        probabilities_V = filtered(distance_V / temperature, self.sampling)
         return probabilities_V / probabilities_V.sum()
 
     def _penalised(self, logits_V: Tensor, drafted: Sequence[int]) -> Tensor:
@@ -81,7 +82,10 @@ class Sampler:
 def penalised(logits_V: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Makes tokens seen before less likely, for a penalty above 1 (CTRL, arXiv 1909.05858)."""
     chosen = logits_V[seen]
-    return logits_V.index_copy(0, seen, torch.where(chosen > 0, chosen / penalty, chosen * penalty))
+    kind = torch.finfo(logits_V.dtype)  # neither the penalty nor what it makes of a logit may be 0 or infinite in it
+    penalty = min(max(penalty, kind.tiny), kind.max)
+    changed = torch.where(chosen > 0, chosen / penalty, chosen * penalty).clamp(-kind.max, kind.max)
+    return logits_V.index_copy(0, seen, changed)
 
 
 def lowered(logits_V: Tensor, said: Sequence[int], presence: float, frequency: float) -> Tensor:

@@ -6,7 +6,7 @@ moving an exit to the next stage save.
 Four stages under 1F1B, 64 microbatches of 2 · 2048 tokens, minimalistic exits behind the first and the second stage's
 last layer. One number is fitted per model: the share of the peak that its layers reach, so that the standard model's
 iteration comes out right. All else follows from the cost model, and from what is assumed of the authors' program,
-which is named below, once for all rows. `docs/planning.md` says why the table comes out as it does.
+which is named below, once for all rows. `docs/concepts/prediction.md` says why the table comes out as it does.
 """
 
 from dataclasses import dataclass, replace

@@ -17,12 +17,12 @@ from eellm.infer.result import Stats, Token
 from eellm.infer.score import Score
 from eellm.serve.ask import Ask, Prompt
 from eellm.serve.forms import FINISH, Chats, Completions, Form, echoes_of, event_of, usage_of
+from eellm.serve.job import Job, Mailbox, Progress
 from eellm.serve.metrics import Meters
 from eellm.serve.models import Served
 from eellm.serve.observe import note
 from eellm.serve.refusals import Refusal, dump
 from eellm.serve.schema import CompletionRequest
-from eellm.serve.worker import Job, Mailbox, Progress
 
 DONE = b"data: [DONE]\n\n"
 
@@ -132,14 +132,16 @@ class Answer(Response):
         return Completions(ask, served.names, served.name, echoes)
 
     async def _score(self, prompt: Prompt) -> Score | None:
-        """In the engine's thread, between two steps."""
+        """In the engine's thread, a piece between two steps."""
         if self._ask.score_fields is None or len(prompt.tokens) < 2:
             return None
         engine, fields = self._served.engine, self._ask.score_fields
-        if time.perf_counter() > self._deadline_s:
-            raise Refusal(504, "the request took longer than it may here", code="deadline")
-        (score,) = await self._served.worker.call(engine.score, [prompt.tokens], **fields)
-        return score
+        try:
+            async with asyncio.timeout(self._deadline_s - time.perf_counter()):
+                (score,) = await self._served.worker.run(lambda: engine.scoring([prompt.tokens], **fields))
+                return score
+        except TimeoutError:
+            raise Refusal(504, "the request took longer than it may here", code="deadline") from None
 
     def _settle(self, progress: Progress, tokens: Sequence[Token]) -> None:
         """Counts a job that is over; raises where it has failed."""

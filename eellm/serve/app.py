@@ -6,6 +6,7 @@ Observed (log, metrics, 500) → CORS where asked for → Gate (keys, hosts, siz
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, get_args
 
 from fastapi import FastAPI, Request, Response
@@ -18,11 +19,11 @@ import eellm
 from eellm.config.infer import Method
 from eellm.config.serve import ServeConfig
 from eellm.errors import EellmError, did_you_mean
-from eellm.serve.access import Gate, Keys
+from eellm.serve.access import Gate, Keys, read_keys
 from eellm.serve.answer import Answer
 from eellm.serve.ask import make_ask
 from eellm.serve.metrics import Meters
-from eellm.serve.models import Served
+from eellm.serve.models import Served, serve_models
 from eellm.serve.observe import Observed, note, noted
 from eellm.serve.page import FILES, add_playground
 from eellm.serve.refusals import Refusal, dump, refusal_of
@@ -102,6 +103,19 @@ class Server:
         )
 
 
+def load_app(config: ServeConfig, *, cache_dir: Path | None) -> tuple[Server, ASGIApp]:
+    """Models, engines and application of a configuration, for an ASGI server of any kind that runs its lifespan.
+
+    What `eellm.serve.run` does besides is the ASGI server's own: sockets, bounds on heads, signals. Raises ConfigError,
+    CheckpointError.
+    """
+    config.served()
+    config.check_open()
+    keys = None if config.api_keys is None else Keys(read_keys(config.api_keys))
+    server = Server(config, serve_models(config, cache_dir=cache_dir))
+    return server, make_app(server, keys)
+
+
 def make_app(server: Server, keys: Keys | None) -> ASGIApp:
     """The whole; its lifespan starts and ends the workers' threads."""
     app = FastAPI(
@@ -128,7 +142,8 @@ def make_app(server: Server, keys: Keys | None) -> ASGIApp:
 
 
 def _add_routes(app: FastAPI, server: Server) -> None:
-    stream: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+    stream: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": event}}}}
 
     @app.post("/v1/completions", response_model=Completion, responses=stream)
     async def completions(request: Request, body: CompletionRequest) -> Response:

@@ -121,7 +121,7 @@ def _max_new_tokens(body: CompletionRequest | ChatRequest, room: int) -> int:
 
 def _options(body: Asked, config: ServeConfig, stops: tuple[str, ...], top_logprobs: int) -> GenerateConfig:
     exit = body.early_exit
-    given = {name: getattr(exit, name) for name in ("policy", "max_deferred")}
+    given = {name: getattr(exit, name) for name in ("policy", "risk", "risk_metric", "max_deferred")}
     chosen = {name: value for name, value in given.items() if value is not None}
     if exit.exits is not None:
         chosen["exits"] = tuple(exit.exits)
@@ -169,7 +169,6 @@ def _thresholds(threshold: float | dict[str, float]) -> float | dict[int, float]
 
 def _score_fields(options: GenerateConfig, top_logprobs: int) -> dict[str, Any]:
     """A prompt is scored where its tokens would have left: lossless methods leave at the end."""
-    method = options.method
-    exits_answer = method in ("early", "pipelined") or (method == "auto" and options.threshold is not None)
-    chosen = {name: getattr(options, name) for name in ("policy", "threshold", "exits")} if exits_answer else {}
+    rule = ("policy", "threshold", "exits", "risk", "risk_metric")
+    chosen = {name: getattr(options, name) for name in rule} if options.exits_answer else {}
     return chosen | {"top_logprobs": top_logprobs}

@@ -8,6 +8,7 @@ from typing import Protocol
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from eellm.infer.result import Stats, Token
+from eellm.infer.shadow import ShadowReport
 
 FIRST_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 BETWEEN_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3)
@@ -19,6 +20,7 @@ class Load(Protocol):
 
     num_open: int
     num_running: int
+    shadow: ShadowReport
 
 
 class Meters:
@@ -35,6 +37,19 @@ class Meters:
         self._full = Counter("eellm_layers_full", "What full depth would have run.", model, registry=own)
         self._running = Gauge("eellm_num_requests_running", "Answers being made.", model, registry=own)
         self._waiting = Gauge("eellm_num_requests_waiting", "Answers that wait for a slot.", model, registry=own)
+        self._checked = Counter(
+            "eellm_shadow_checked", "Tokens that left early and were held against the final exit.", model, registry=own
+        )
+        self._wrong = Counter(
+            "eellm_shadow_wrong", "Of these, those it would have chosen otherwise.", model, registry=own
+        )
+        self._broken = Gauge(
+            "eellm_certificate_broken",
+            "1: the checked tokens contradict the certificate of this risk.",
+            ("model", "risk"),
+            registry=own,
+        )
+        self._seen: dict[str, ShadowReport] = {}
         self._first_s = Histogram(
             "eellm_time_to_first_token_seconds", "From the request.", model, registry=own, buckets=FIRST_S
         )
@@ -67,9 +82,18 @@ class Meters:
         for earlier, later in pairwise(times):
             between_s.observe(later - earlier)
 
+    def _shadow(self, model: str, report: ShadowReport) -> None:
+        seen = self._seen.get(model, ShadowReport())
+        self._checked.labels(model).inc(report.num_checked - seen.num_checked)
+        self._wrong.labels(model).inc(report.num_wrong - seen.num_wrong)
+        for certificate, is_broken in report.broken:
+            self._broken.labels(model, f"{certificate.risk:g}").set(is_broken)
+        self._seen[model] = report
+
     def text(self, loads: Iterable[tuple[str, Load]]) -> bytes:
         """In Prometheus's format."""
         for model, load in loads:
             self._running.labels(model).set(load.num_running)
             self._waiting.labels(model).set(max(0, load.num_open - load.num_running))
+            self._shadow(model, load.shadow)
         return generate_latest(self.registry)

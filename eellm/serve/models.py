@@ -1,7 +1,6 @@
 """The models of a server: each loaded, with an engine, a thread and a name of its own.
 
-Adapters of one base directory are loaded onto one backbone, so its parameters are in memory once. (An engine packs
-matrices for itself; these aren't shared.)
+A base directory is loaded once for itself and all its adapters, and their engines share the matrices packed of it.
 """
 
 import time
@@ -16,6 +15,7 @@ from eellm.checkpoint.hf import load
 from eellm.config.serve import ServeConfig, ServedModel
 from eellm.exits.lm import EarlyExitLM
 from eellm.infer.engine import Engine
+from eellm.infer.packing import Packed
 from eellm.serve.forms import Names
 from eellm.serve.worker import Worker
 
@@ -38,10 +38,16 @@ class Served:
 def serve_models(config: ServeConfig, *, cache_dir: Path | None) -> dict[str, Served]:
     """Loads all, and measures what their parts cost unless told not to. Raises CheckpointError, ConfigError."""
     loaded = load_models(config.served(), dtype=config.dtype, device=config.device)
-    return {name: make_served(name, model, config, cache_dir=cache_dir) for name, model in loaded.items()}
+    packed = Packed()
+    return {
+        name: make_served(name, model, config, cache_dir=cache_dir, packed=packed) for name, model in loaded.items()
+    }
 
 
-def make_served(name: str, model: EarlyExitLM, config: ServeConfig, *, cache_dir: Path | None = None) -> Served:
+def make_served(
+    name: str, model: EarlyExitLM, config: ServeConfig, *, cache_dir: Path | None = None, packed: Packed | None = None
+) -> Served:
+    """packed: of the other models' engines."""
     engine = Engine(
         model,
         max_batch=config.max_batch,
@@ -50,6 +56,9 @@ def make_served(name: str, model: EarlyExitLM, config: ServeConfig, *, cache_dir
         compile=None if config.compile else False,
         cache_dir=cache_dir,
         workers=config.workers,
+        shadow=config.shadow,
+        packed=packed,
+        tp=config.tp,
     )
     if config.warm_up:
         engine.generate([[0]], method="auto", max_new_tokens=2, ignore_eos=True)
@@ -64,22 +73,25 @@ def load_models(entries: Iterable[ServedModel], *, dtype: str, device: str) -> d
         path, adapter = Path(entry.path), entry.adapter
         if adapter is None and (path / EXITS_JSON).exists() and not (path / "config.json").exists():
             path, adapter = base_of(path), path
-        if adapter is None or not path.is_dir():
+        if not path.is_dir():
             models[entry.name] = load(entry.path, adapter, dtype=dtype, device=device)
             continue
         base = path.resolve()
         if base not in backbones:
             backbones[base] = load(path, dtype=dtype, device=device)
-        models[entry.name] = with_adapter(backbones[base], adapter, base)
+        model = sharing(backbones[base])
+        if adapter is not None:
+            load_exits(model, adapter, base=base)
+        models[entry.name] = model.eval()
     return models
 
 
-def with_adapter(model: EarlyExitLM, adapter: Path, base: Path) -> EarlyExitLM:
-    """A model of the same parameters, with the adapter's exits besides its own."""
+def sharing(model: EarlyExitLM) -> EarlyExitLM:
+    """A model of the same parameters, exits included, to which others can be added."""
     with torch.device("meta"):
         other = EarlyExitLM(replace(model.config, exits=()))
     other.config, other.decoder, other.tokenizer = model.config, model.decoder, model.tokenizer
+    other.certificates = model.certificates
     for layer, exit in model.exits.items():
         other.exits[layer] = exit
-    load_exits(other, adapter, base=base)
-    return other.eval()
+    return other

@@ -18,6 +18,8 @@ def bounded(head_s: float) -> type[HttpToolsProtocol]:
     class Bounded(HttpToolsProtocol):
         _head_bytes: int | None = 0
         """Of the request whose head isn't there yet; None: it is."""
+        _has_ended = False
+        """Whether a request has, with what was received last."""
         _timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
@@ -31,8 +33,9 @@ def bounded(head_s: float) -> type[HttpToolsProtocol]:
         def data_received(self, data: bytes) -> None:
             if self._head_bytes is not None and self._timer is None:
                 self._wait_for_head()
+            self._has_ended = False
             super().data_received(data)
-            if self._head_bytes is not None:
+            if self._head_bytes is not None and not self._has_ended:  # else most of it was a request's end
                 self._head_bytes += len(data)
                 if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
                     self.send_400_response(f"the head of a request has at most {MAX_HEAD_BYTES} bytes here")
@@ -42,7 +45,7 @@ def bounded(head_s: float) -> type[HttpToolsProtocol]:
             super().on_headers_complete()
 
         def on_message_complete(self) -> None:
-            self._head_bytes = 0
+            self._head_bytes, self._has_ended = 0, True
             super().on_message_complete()
 
         def _wait_for_head(self) -> None:

@@ -67,6 +67,7 @@ class Running:
         self.interrupted = False
         self.loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
+        self._is_hurried = False
         settings = uvicorn.Config(
             make_app(server, keys),
             http=bounded(server.config.body_s),
@@ -104,7 +105,7 @@ class Running:
         if self._draining is None:
             self._draining = asyncio.ensure_future(self._drain())
         else:
-            self._uvicorn.should_exit = True
+            self._is_hurried = True
 
     def _interrupt(self) -> None:
         self.interrupted = True
@@ -115,7 +116,7 @@ class Running:
         server.is_draining = True
         log.info("shutting down: %d requests have %g s to end", server.num_open, server.config.drain_s)
         until = time.monotonic() + server.config.drain_s
-        while server.num_open and time.monotonic() < until:
+        while server.num_open and time.monotonic() < until and not self._is_hurried:
             await asyncio.sleep(0.05)
         for served in server.served.values():
             served.worker.stop()  # jobs that are open hear of it, and answer their clients

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from eellm.config.infer import Method, PolicyName
+from eellm.config.infer import Method, Metric, PolicyName
 from eellm.errors import did_you_mean
 from eellm.serve.refusals import Refusal
 
@@ -39,19 +39,24 @@ class EarlyExit(Strict):
     """Where tokens may leave the model, and whether the answer says where they did."""
 
     method: Method | None = None
-    """Unset: `early` where any of the next four is given, else what the server is set to."""
+    """Unset: `early` where any of the next five is given, else what the server is set to."""
     policy: PolicyName | None = None
     threshold: Annotated[float, Field(ge=0)] | dict[str, Annotated[float, Field(ge=0)]] | None = None
     """One, or one per exit layer: {"10": 0.9, "20": 0.7}."""
     exits: list[int] | None = None
+    risk: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Instead of policy, threshold and exits: those of the model's certificate with the largest risk up to this one."""
     max_deferred: Annotated[int, Field(ge=1)] | None = None
+    risk_metric: Metric | None = None
+    """What the risk is measured in; unset, disagreement."""
     report: bool = False
     """Every token's log-probability entry tells its exit, and how sure each exit asked was."""
 
     @property
     def is_lossy(self) -> bool:
         """Whether it asks for exits to answer."""
-        return any(value is not None for value in (self.policy, self.threshold, self.exits, self.max_deferred))
+        rule = (self.policy, self.threshold, self.exits, self.risk, self.max_deferred)
+        return any(value is not None for value in rule)
 
 
 class StreamOptions(Strict):

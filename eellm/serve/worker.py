@@ -3,9 +3,9 @@
     Job → submit → inbox → [engine.submit, engine.step …] → one hand-over per step → Job.out (in the event loop)
 
 The event loop never waits for the engine's lock, and the engine never waits for a client. Each turn takes what came in
-(so a cancelled job is gone within a step), steps once, and hands over the tokens of all jobs at once; without jobs the
-thread sleeps on its queue. Jobs are counted in the event loop, so that one too many is refused before it costs
-anything.
+(so a cancelled job is gone within a step), does one piece of other work, steps once, and hands over the tokens of all
+jobs at once; without work the thread sleeps on its queue. Jobs are counted in the event loop, so that one too many is
+refused before it costs anything.
 """
 
 import asyncio
@@ -14,71 +14,22 @@ import queue
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
-from eellm.config.infer import GenerateConfig
 from eellm.infer.engine import Engine
-from eellm.infer.handle import Handle
-from eellm.infer.result import Stats, Token
+from eellm.infer.result import Token
+from eellm.infer.shadow import ShadowReport
 from eellm.log import log
+from eellm.serve.job import Job, Piecewise, Progress
 from eellm.serve.refusals import Refusal, refusal_of
 
-
-class Progress(NamedTuple):
-    """What a job has come to since the last one."""
-
-    index: int
-    """The job's, within its request."""
-    tokens: list[Token]
-    finish_reason: str | None = None
-    stats: Stats | None = None
-    """With the finish reason."""
-    error: Refusal | None = None
-
-
-class Mailbox:
-    """Progress of a request's jobs, from its worker's hand-overs to whoever answers it. Event loop only."""
-
-    def __init__(self) -> None:
-        self._items: list[Progress] = []
-        self._filled = asyncio.Event()
-
-    def put(self, item: Progress) -> None:
-        self._items.append(item)
-        self._filled.set()
-
-    async def take(self) -> list[Progress]:
-        """All that is there, as soon as anything is."""
-        await self._filled.wait()
-        self._filled.clear()
-        items, self._items = self._items, []
-        return items
-
-
-@dataclass(eq=False, kw_only=True)
-class Job:
-    """One prompt to continue."""
-
-    index: int
-    tokens: Sequence[int]
-    options: GenerateConfig
-    out: Mailbox
-    stream: bool
-    """Whether tokens are wanted as they are made; else all come at the end."""
-    deadline_s: float
-    """On the clock of `time.perf_counter`."""
-    handle: Handle | None = None
-    is_open: bool = False
-    """Kept in the event loop: submitted, and not over yet."""
-    times: list[float] = field(default_factory=list)
-    """When its tokens were handed over or kept."""
-    kept: list[Token] = field(default_factory=list)
+T = TypeVar("T")
 
 
 class Worker:
-    """Drives one engine. `start`, then `submit` and `call` from the event loop that it was started in."""
+    """Drives one engine. `start`, then `submit` and `run` from the event loop that it was started in."""
 
     def __init__(self, engine: Engine, *, max_waiting: int, stream_s: float, name: str) -> None:
         """stream_s: tokens of a stream, but its first, are handed over together where they are made within this."""
@@ -90,11 +41,14 @@ class Worker:
         """Jobs that aren't over."""
         self.num_running = 0
         """Of these, how many the engine runs, after its latest step."""
+        self.shadow = ShadowReport()
+        """Of the engine, after its latest step."""
         self.failure: Refusal | None = None
         """Why there will be no further answer."""
         self.mean_job_s = 1.0
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._jobs: dict[Job, None] = {}
+        self._piecewise: deque[tuple[Piecewise[Any], asyncio.Future[Any]]] = deque()
         self._thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._next_hand_over_s = 0.0
@@ -122,24 +76,15 @@ class Worker:
             if job.is_open:
                 self._inbox.put(lambda job=job: self._cancel(job))
 
-    async def call(self, function: Callable[..., Any], *args: Any, **fields: Any) -> Any:
-        """Runs something on the engine between two steps; its result, or its error. It takes a place in the queue."""
+    async def run(self, begin: Callable[[], Piecewise[T]]) -> T:
+        """Work on the engine, of which one piece is done between two steps, whoever else has work: its result, or its
+        error. It takes a place in the queue, and is dropped when nobody waits for it any more."""
         if self.failure is not None:
             raise self.failure.again()
         self._take_places(1)
         assert self._loop is not None, "start comes first"
-        future: asyncio.Future[Any] = self._loop.create_future()
-
-        def run() -> None:
-            try:
-                if self.failure is not None:
-                    raise self.failure.again()
-                settle, value = _resolve, function(*args, **fields)
-            except Exception as error:  # handed to who asked
-                settle, value = _reject, error
-            self._post(settle, future, value)
-
-        self._inbox.put(run)
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._inbox.put(lambda: self._begin_piecewise(begin, future))
         try:
             return await future
         finally:
@@ -178,6 +123,8 @@ class Worker:
     def _run(self) -> None:
         try:
             while self._take_in():
+                if self._piecewise:
+                    self._do_piece()
                 if self._jobs:
                     self.engine.step()
                     self._hand_over()
@@ -188,6 +135,9 @@ class Worker:
         self.failure = reason
         self._post(self._deliver, [(job, Progress(job.index, [], error=reason)) for job in self._jobs])
         self._jobs.clear()
+        for _, future in self._piecewise:
+            self._post(_reject, future, reason.again())
+        self._piecewise.clear()
         self.num_running = 0
         self.engine.close()
         self._post(self._refuse_rest)
@@ -200,12 +150,12 @@ class Worker:
                 command()
 
     def _take_in(self) -> bool:
-        """Does what was asked; waits for it where there are no jobs. Returns whether to go on."""
-        while not self._jobs or not self._inbox.empty():
-            command = self._inbox.get()
-            if command is None:
+        """Does what was asked; waits for it where there is no work. Returns whether to go on."""
+        while not (self._jobs or self._piecewise) or not self._inbox.empty():
+            if (command := self._inbox.get()) is None:
                 return False
             command()
+            del command  # it holds a job, and nothing may come for long
         return True
 
     def _begin(self, job: Job) -> None:
@@ -226,7 +176,29 @@ class Worker:
         if self._jobs.pop(job, 0) is None:
             assert job.handle is not None, "it has begun"
             job.handle.cancel()
+            self.num_running = len(self.engine.running)
             self._post(self._deliver, [(job, self._last(job, []))])
+
+    def _begin_piecewise(self, begin: Callable[[], Piecewise[Any]], future: "asyncio.Future[Any]") -> None:
+        try:
+            if self.failure is not None:
+                raise self.failure.again()
+            self._piecewise.append((begin(), future))
+        except Exception as error:  # handed to who asked
+            self._post(_reject, future, error)
+
+    def _do_piece(self) -> None:
+        """One, of the work that has waited longest."""
+        work, future = self._piecewise.popleft()
+        if future.done():  # who asked has left
+            return
+        try:
+            if work.advance():
+                self._piecewise.append((work, future))
+            else:
+                self._post(_resolve, future, work.result())
+        except Exception as error:  # handed to who asked
+            self._post(_reject, future, error)
 
     def _hand_over(self) -> None:
         """One message for all jobs."""
@@ -258,6 +230,8 @@ class Worker:
         for job in over:
             del self._jobs[job]
         self.num_running = len(self.engine.running)
+        if self.engine.shadow.share > 0:
+            self.shadow = self.engine.shadow.report()
         if items:
             self._post(self._deliver, items)
 

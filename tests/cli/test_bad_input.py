@@ -336,6 +336,11 @@ def test_a_stop_string_that_is_empty_is_refused(refused):
     refused(["generate", "base", "--prompt", "x", "--stop", ""], "stop = '': an empty stop string")
 
 
+def test_workers_that_cannot_share_stages_are_refused(refused):
+    words = "tp = 2: that many processes share each stage, so workers must be a multiple of it, and it is 3"
+    refused("generate base --prompt x --workers 3 --tp 2", words)
+
+
 # --- texts ---
 
 

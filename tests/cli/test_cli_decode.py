@@ -50,6 +50,16 @@ def test_lossless_methods_write_full_depth_s_tokens_and_keep_what_was_measured(d
     assert json.loads(out)["stats"]["drafted"] > 0
 
 
+def test_processes_that_share_each_matrix_write_the_same(directory, run):
+    common = ("generate", directory, "--prompt", "for x in", "--max-new-tokens", 6, "--ignore-eos", "--json")
+    tokens = []
+    for layout in ((), ("--workers", 2, "--tp", 2)):
+        code, out, _ = run(*common, *layout)
+        assert code == 0
+        tokens.append([(token["id"], token["exit"]) for token in json.loads(out)["tokens"]])
+    assert tokens[0] == tokens[1]
+
+
 def test_quantised_weights_are_kept_and_write_nearly_the_same(directory, run, tmp_path):
     common = ("generate", directory, "--prompt", "for x in", "--max-new-tokens", 8, "--method", "full", "--json")
     logprobs = []

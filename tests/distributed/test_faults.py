@@ -32,6 +32,7 @@ def is_saving(out_dir):
     return any(path.name.endswith(".tmp") for path in (out_dir / "checkpoints").glob(".step-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_killed_five_times_two_of_them_while_saving_has_the_curve_of_one_that_was_not(tmp_path, unbroken):
     out_dir, chance = tmp_path / "run", random.Random(7)

@@ -40,6 +40,11 @@ def exits_at(layers, head="tied", shift=0):
     ]
 
 
+def slow_but(*names):
+    """All schedules; `make test` has those of these names, `make test-all` the others too."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in SCHEDULES]
+
+
 MIXED = [*exits_at([1, 4, 5]), *exits_at([6, 7], "own", shift=2)]
 
 
@@ -91,7 +96,7 @@ def test_a_schedule_with_exits_anywhere(schedule):
     assert_all_equal(2, steps)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", slow_but("1f1b", "zbv"))
 def test_a_schedule_with_every_other_option(schedule):
     num_stages = num_stages_of(schedule)
     layout = {"pp": 2, "schedule": schedule, "num_microbatches": 4}
@@ -152,7 +157,7 @@ def test_two_processes_along_one_axis(axis):
     assert_all_equal(2, steps)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", slow_but("1f1b"))
 def test_pp4(schedule):
     layout = {"pp": 4, "schedule": schedule, "num_microbatches": 8 if schedule == "dualpipev" else 4}
     places = exits_on(num_stages_of(schedule, 4)).values()
@@ -172,11 +177,13 @@ def test_pp4(schedule):
     [
         {"dp_replicate": 2, "dp_shard": 2},
         {"dp_shard": 2, "tp": 2},
-        {"dp_replicate": 2, "tp": 2},
+        pytest.param({"dp_replicate": 2, "tp": 2}, marks=pytest.mark.slow),
         {"pp": 2, "tp": 2, "num_microbatches": 4},
-        {"pp": 2, "tp": 2, "num_microbatches": 4, "schedule": "interleaved_zero_bubble"},
+        pytest.param(
+            {"pp": 2, "tp": 2, "num_microbatches": 4, "schedule": "interleaved_zero_bubble"}, marks=pytest.mark.slow
+        ),
         {"pp": 2, "dp_shard": 2, "num_microbatches": 4},
-        {"pp": 2, "dp_shard": 2, "num_microbatches": 4, "schedule": "dualpipev"},
+        pytest.param({"pp": 2, "dp_shard": 2, "num_microbatches": 4, "schedule": "dualpipev"}, marks=pytest.mark.slow),
         {"pp": 2, "dp_replicate": 2, "num_microbatches": 4, "schedule": "zbv"},
     ],
     ids=lambda layout: " ".join(f"{axis} {size}" for axis, size in layout.items()),

@@ -85,7 +85,7 @@ def assert_equal_rows(found, expected, *, loss, grad_norm):
 TOLERANCES = {"float32": {"loss": 1e-5, "grad_norm": 1e-4}, "float64": {"loss": 1e-9, "grad_norm": 1e-9}}
 
 
-@pytest.mark.parametrize("num_processes", LAYOUTS)
+@pytest.mark.parametrize("num_processes", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_twenty_steps_have_the_losses_and_norms_of_one_process(num_processes):
     configs = [recipe(layout, dtype=dtype) for layout in LAYOUTS[num_processes] for dtype in TOLERANCES]
     for config, found in zip(configs, runs_on_ranks(num_processes, configs), strict=True):

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,10 +24,11 @@ from eellm.errors import ConfigError, WorkerError
 from eellm.evaluate.curve import CurveConfig, measure_curve
 from eellm.evaluate.perplexity import evaluate
 from eellm.infer.pipelined.start import stages_of
+from tests.engines import REQUESTS, ROOT, assert_same, check_mix, is_running, run_python, wait_until_ended
 from tests.models import EXITS, needs_compiler, tiny_config, tiny_model
 from tests.traffic import LONG, events
+from tests.unit.test_certificates import certificate_for
 
-ROOT = Path(__file__).parents[2]
 MODEL = tiny_model(seed=0)
 WINDOWED = tiny_model(seed=3, sliding_window=5, sliding_layers=(2, 5, 6), qk_norm=True, tie_embeddings=True)
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [1, 2, 3], LONG, [5], LONG[:40]]
@@ -37,7 +37,7 @@ TIMEOUT_S = 20.0
 pytestmark = pytest.mark.timeout(120)
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4])
+@pytest.fixture(scope="module", params=[2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def engine(request):
     """One for all tests: what a request gets doesn't depend on those before it."""
     with eellm.Engine(MODEL, max_batch=4, workers=request.param, timeout_s=TIMEOUT_S) as engine:
@@ -47,16 +47,6 @@ def engine(request):
 @pytest.fixture(scope="module")
 def alone():
     return eellm.Engine(MODEL, max_batch=4)
-
-
-def assert_same(out, reference, *, exits=True):
-    assert out.tokens == reference.tokens
-    assert out.logprobs == pytest.approx(reference.logprobs, abs=1e-6)  # logits are float32
-    assert out.finish_reason == reference.finish_reason
-    if exits:
-        assert out.exits == reference.exits
-        assert out.confidences == pytest.approx(reference.confidences, abs=1e-6)
-        assert out.stats.heads_run == reference.stats.heads_run
 
 
 @pytest.mark.parametrize(
@@ -85,6 +75,34 @@ def test_a_curve_of_the_pipeline_stops_where_one_of_early_does():
     assert early.points[-1][1].mean_exit_layer < early.points[0][1].mean_exit_layer
 
 
+@pytest.mark.parametrize("policy", ["max_prob", "gate"])
+def test_tokens_tell_which_exits_were_asked_in_vain_on_every_stage(engine, alone, policy):
+    options = {"threshold": 0.3, "policy": policy, "max_new_tokens": 24}
+    expected, asked = {}, set()
+    for number, prompt in enumerate(PROMPTS):
+        expected[number] = [token.passed for token in alone.submit(prompt, method="early", **options)]
+        asked |= {layer for passed in expected[number] for layer, _ in passed}
+    assert asked == {1, 2, 3, 5}
+    handles = [engine.submit(prompt, method="pipelined", **options) for prompt in PROMPTS]
+    for number, handle in enumerate(handles):
+        for token, passed in zip(handle, expected[number], strict=True):
+            assert [layer for layer, _ in token.passed] == [layer for layer, _ in passed]
+            assert [score for _, score in token.passed] == pytest.approx([score for _, score in passed], abs=1e-6)
+
+
+def test_a_certificate_s_thresholds_and_policy_hold_on_every_stage():
+    model = tiny_model(seed=0)
+    thresholds = ((1, 0.9), (2, 0.4), (3, 1.0), (5, 0.2))
+    model.certificates = (certificate_for(model, policy="margin", risk=0.1, thresholds=thresholds),)
+    rule = {"threshold": dict(thresholds), "policy": "margin"}
+    with eellm.Engine(model) as alone, eellm.Engine(model, workers=2, timeout_s=TIMEOUT_S) as engine:
+        reference = alone.generate(PROMPTS, method="early", max_new_tokens=24, **rule)
+        found = engine.generate(PROMPTS, method="pipelined", max_new_tokens=24, risk=0.1)
+    assert {layer for out in reference for layer in out.exits} >= {2, 5, 6}
+    for out, expected in zip(found, reference, strict=True):
+        assert_same(out, expected)
+
+
 @needs_compiler
 @pytest.mark.parametrize("workers", [2, 3])
 def test_with_kernels_of_our_own_workers_give_the_very_bits_of_one_process(workers):
@@ -100,50 +118,11 @@ def test_with_kernels_of_our_own_workers_give_the_very_bits_of_one_process(worke
             assert (out.tokens, out.exits, out.logprobs) == (expected.tokens, expected.exits, expected.logprobs)
 
 
-requests = st.fixed_dictionaries(
-    {
-        "method": st.sampled_from(["full", "early", "pipelined", "speculative"]),
-        "threshold": st.sampled_from([0.0, 0.2, 0.4, 0.7]),
-        "always_draft": st.booleans(),
-        "max_new_tokens": st.integers(1, 14),
-        "max_deferred": st.sampled_from([1, 2, 16]),
-        "policy": st.sampled_from(["max_prob", "gate", "margin"]),
-        "exits": st.sampled_from([None, (1, 5), (2,), (3, 5)]),
-        "sampling": st.sampled_from([eellm.Sampling(), eellm.Sampling(temperature=0.8, seed=3)]),
-    }
-)
-
-
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(events=events(requests), chunk=st.sampled_from([3, 7, 256]))
+@given(events=events(REQUESTS), chunk=st.sampled_from([3, 7, 256]))
 def test_any_mix_of_requests_that_come_go_and_are_cancelled_gets_what_each_gets_alone(engine, alone, events, chunk):
     engine.scheduler.max_prompt_rows = chunk
-    handles = []
-    for kind, *rest in events:
-        if kind == "submit":
-            handles.append((engine.submit(rest[0], **rest[1]), rest))
-        elif kind == "step":
-            for _ in range(rest[0]):
-                engine.step()
-        elif handles:
-            handles[rest[0] % len(handles)][0].cancel()
-    for handle, (prompt, options) in handles:
-        out = handle.result()
-        method = "early" if options["method"] == "pipelined" else options["method"]
-        (expected,) = alone.generate([prompt], **options | {"method": method})
-        num = len(out.tokens)
-        is_sampled_draft = options["method"] == "speculative" and options["sampling"].temperature > 0
-        if out.finish_reason == "cancelled":
-            assert num < options["max_new_tokens"] or num == 0
-        else:
-            assert num == len(expected.tokens)
-        if is_sampled_draft:  # of the right distribution, but draws depend on how much was drafted
-            continue
-        assert out.tokens == expected.tokens[:num]
-        assert out.logprobs == pytest.approx(expected.logprobs[:num], abs=1e-6)
-        if options["method"] != "speculative":
-            assert out.exits == expected.exits[:num]
-    assert engine.stats().num_running == 0
+    check_mix(engine, alone, events)
 
 
 def test_rows_are_reused_and_copied_on_every_stage(engine, alone):
@@ -194,21 +173,6 @@ def test_stages_share_layers_by_what_exits_cost():
 
 
 # --- faults ---
-
-
-def is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-def wait_until_ended(pids, timeout_s=10.0):
-    deadline = time.monotonic() + timeout_s
-    while any(is_running(pid) for pid in pids):
-        assert time.monotonic() < deadline, f"processes {[pid for pid in pids if is_running(pid)]} are left"
-        time.sleep(0.02)
 
 
 def started(num_workers, **options):
@@ -275,11 +239,6 @@ def test_an_engine_that_is_forgotten_leaves_no_processes():
     del engine
     gc.collect()
     wait_until_ended(pids)
-
-
-def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    return subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize("end", ["raise RuntimeError('stop')", "os.kill(os.getpid(), 9)"])

@@ -98,6 +98,7 @@ def save_for_ever(directory, begun):
         begun.send(step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_saves", [2, 3, 6, 11])
 def test_killed_at_a_random_moment_of_a_loop_of_saves(tmp_path, num_saves):
     receiver, sender = processes().Pipe(duplex=False)

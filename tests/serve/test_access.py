@@ -1,5 +1,6 @@
 """Who may ask: keys, their owners' names, hosts, web pages of others."""
 
+import http.client
 import json
 
 import openai
@@ -40,6 +41,19 @@ def test_nothing_but_health_and_the_page_answers_without_a_key(server):
             assert answer.status_code == 401, path
             assert answer.json()["error"]["code"] == "invalid_api_key"
             assert answer.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "NONE"])
+def test_no_way_of_writing_a_path_or_a_method_gets_around_the_key(server, method):
+    host, port = server.url.removeprefix("http://").split(":")
+    ways = "/v1/models //v1/models /health/../v1/models /v1/models?/health /v1/models/ /METRICS /metrics#/health"
+    for path in f"{ways} /%76%31/models /playground/../metrics /playground/ http://x/metrics".split():
+        connection = http.client.HTTPConnection(host, int(port), timeout=30)
+        connection.request(method, path)
+        answer = connection.getresponse()
+        assert answer.status in (400, 401), path
+        assert b"tiny" not in answer.read()
+        connection.close()
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ else:
     if not (shutil.which("chromium") and shutil.which("chromedriver")):
         pytest.skip("chromium and chromium-driver aren't installed", allow_module_level=True)
 
+pytestmark = pytest.mark.slow
 KEYS = {"alice": "secret"}
 
 

@@ -347,6 +347,23 @@ def test_characters_that_are_split_over_tokens_arrive_whole(client, monkeypatch,
     assert not any("\ufffd" in piece for piece in pieces)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 5])
+def test_an_emoji_over_four_tokens_comes_at_once_and_cut_off_as_a_replacement(client, monkeypatch, num_tokens):
+    ids = tiny_tokenizer().encode("😀!")
+    assert len(ids) == 5
+    monkeypatch.setattr(Sampler, "takes_likeliest", False)
+    texts = []
+    for stream in (False, True):
+        given = iter(ids)
+        monkeypatch.setattr(Sampler, "draw", lambda self, logits, given=given: next(given))
+        fields = {"model": "tiny", "prompt": "x", "max_tokens": num_tokens, "stream": stream}
+        made = client.completions.create(**fields, extra_body={"early_exit": {"method": "full"}})
+        texts.append([chunk.choices[0].text for chunk in made] if stream else [made.choices[0].text])
+    whole, pieces = texts
+    assert "".join(pieces) == whole[0] == "😀!"[: num_tokens - 3] if num_tokens > 3 else "\ufffd"
+    assert [piece for piece in pieces if piece] == list("😀!"[: num_tokens - 3] if num_tokens > 3 else "\ufffd")
+
+
 def test_many_at_once_get_what_each_would_get_alone(server):
     prompts = [f"for {letter} in" for letter in "abcdefghijkl"]
     models = {name: server.server.served[name].model for name in ("tiny", "other")}

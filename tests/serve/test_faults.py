@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import signal
+from collections import Counter
 
 import httpx
 import openai
@@ -12,6 +14,8 @@ import pytest
 
 import eellm
 from eellm.errors import WorkerError
+from eellm.infer.drafts import DraftPlan
+from eellm.infer.score import CHUNK, Scoring
 from tests.serve.servers import eventually, held, raw, read_all, request_bytes, served_model, serving
 
 LONG = {"model": "tiny", "prompt": "x", "max_tokens": 4000, "temperature": 0, "ignore_eos": True}
@@ -51,6 +55,7 @@ def test_a_client_that_leaves_frees_its_slot_before_the_next_step_but_one(server
         eventually(lambda: server.engine.stats().num_running == 0)
         assert server.engine.num_ticks <= 4
     eventually(server.is_idle)
+    assert 'eellm_num_requests_running{model="tiny"} 0.0' in server.get("/metrics").text
     assert ask(server).status_code == 200
 
 
@@ -68,7 +73,8 @@ def test_a_client_that_leaves_while_it_waits_takes_its_place_in_the_queue_along(
     assert server.engine.stats().num_free_slots == 4
 
 
-def test_many_clients_that_leave_mid_stream_disturb_nobody(server, model):
+@pytest.mark.slow
+def test_200_clients_that_leave_mid_stream_disturb_nobody_and_leave_nothing(server, model):
     text = wanted(model)
 
     async def leave(client, i):
@@ -89,16 +95,29 @@ def test_many_clients_that_leave_mid_stream_disturb_nobody(server, model):
             assert answer.status_code == 429
             await asyncio.sleep(0.01)
 
-    async def all_of_them():
+    async def all_of_them(num_leaving):
         limits = httpx.Limits(max_connections=12)
-        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as client:
-            leaving = (leave(client, i) for i in range(60))
-            staying = (stay(client) for _ in range(6))
-            return (await asyncio.gather(*leaving, *staying))[60:]
+        async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
+            leaving = [leave(client, i) for i in range(num_leaving)]
+            staying = [stay(client) for _ in range(6)]
+            return (await asyncio.gather(*leaving, *staying))[num_leaving:]
 
-    assert asyncio.run(all_of_them()) == [text] * 6
+    asyncio.run(all_of_them(12))  # memory for keys and values has grown, and every slot has had a prompt
+    eventually(server.is_idle)
+    memory_bytes, things = server.engine.stats().memory_bytes, our_objects()
+    assert asyncio.run(all_of_them(200)) == [text] * 6
     eventually(server.is_idle)
     assert server.engine.stats().num_free_slots == 4
+    assert server.engine.stats().memory_bytes == memory_bytes
+    assert our_objects() - things == Counter()
+
+
+def our_objects() -> Counter:
+    """What of the package's is alive, by type. Plans of drafts aren't counted: they are a memo of bounded size."""
+    gc.collect()
+    kinds = (type(thing) for thing in gc.get_objects())
+    ours = (kind for kind in kinds if str(kind.__module__).startswith("eellm.") and kind is not DraftPlan)
+    return Counter(kind.__qualname__ for kind in ours)
 
 
 def test_a_client_that_reads_a_byte_at_a_time_holds_up_nobody(server, model):
@@ -259,6 +278,7 @@ def test_when_the_engine_is_lost_everybody_hears_of_it_and_nobody_hangs(model, e
         with held(server.engine) as go:
             whole.sendall(request_bytes(LONG, headers=["connection: close"]))
             streamed.sendall(request_bytes(LONG | {"stream": True}, headers=["connection: close"]))
+            eventually(lambda: server.worker.num_open == 2)
             go(4)
             eventually(lambda: server.worker.num_running == 2)
 
@@ -276,15 +296,118 @@ def test_when_the_engine_is_lost_everybody_hears_of_it_and_nobody_hangs(model, e
         assert server.worker.num_open == 0
 
 
-def test_a_worker_process_that_is_killed_ends_what_runs_with_503(model):
-    with serving({"tiny": model}, workers=2, max_tokens=4096) as server, raw(server) as running:
-        running.sendall(request_bytes(LONG, headers=["connection: close"]))
-        eventually(lambda: server.worker.num_running == 1)
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_worker_process_that_is_killed_ends_what_runs_and_waits_with_503_and_is_named(model, caplog, tp):
+    fields = {"workers": 2, "tp": tp, "max_tokens": 4096, "max_batch": 2}
+    with serving({"tiny": model}, **fields) as server, contextlib.ExitStack() as stack:
+        whole, streamed, waiting = (stack.enter_context(raw(server)) for _ in range(3))
+        whole.sendall(request_bytes(LONG, headers=["connection: close"]))
+        streamed.sendall(request_bytes(LONG | {"stream": True}, headers=["connection: close"]))
+        begun = streamed.recv(15)
+        eventually(lambda: server.worker.num_running == 2)
+        waiting.sendall(request_bytes(LONG, headers=["connection: close"]))
+        eventually(lambda: server.worker.num_open == 3)
         os.kill(server.engine.crew.pids[0], signal.SIGKILL)
-        answer = read_all(running)
-        assert answer.startswith(b"HTTP/1.1 503 ")
-        assert b"a worker process of the model is lost" in answer
-        assert server.get("/health").status_code == ask(server).status_code == 503
+        for connection in (whole, waiting):
+            answer = read_all(connection)
+            assert answer.startswith(b"HTTP/1.1 503 ")
+            assert b"a worker process of the model is lost" in answer
+        answer = begun + read_all(streamed)
+        assert answer.startswith(b"HTTP/1.1 200 OK")
+        assert b'"code":"worker_lost"' in answer
+        for path in ("/ready", "/health"):
+            assert server.get(path).status_code == 503
+        assert ask(server).status_code == 503
+        assert server.worker.num_open == 0
+    assert "WorkerError: worker 1 " in caplog.text
+
+
+def test_stop_strings_of_ten_thousand_tokens_are_refused_or_where_they_are_allowed_hold_up_nobody(server, model):
+    (out,) = eellm.generate(model, ["for x in"], method="full", max_new_tokens=12)
+    long_stop = out.text[:3] + " x" * 10_000  # it begins as the answer does: text is held back for it
+    many_stops = [f"no such text {i}" for i in range(9_999)] + [out.text[4:7]]
+    for stop in (long_stop, many_stops):
+        answer = ask(server, stop=stop)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "stop"
+    limits = {"max_stops": 10_000, "max_stop_chars": 100_000}
+    with serving({"tiny": model}, max_tokens=4096, **limits) as generous, raw(generous) as slow:
+        slow.sendall(request_bytes(LONG | {"stop": many_stops[:-1], "max_tokens": 200}, headers=["connection: close"]))
+        eventually(lambda: generous.worker.num_running == 1)
+        assert ask(generous).json()["choices"][0]["text"] == out.text
+        assert ask(generous, stop=long_stop).json()["choices"][0]["text"] == out.text
+        cut = ask(generous, stop=many_stops).json()["choices"][0]
+        assert (cut["text"], cut["finish_reason"]) == (out.text[: out.text.find(out.text[4:7])], "stop")
+        assert read_all(slow).startswith(b"HTTP/1.1 200 OK")
+
+
+def test_a_long_prompt_that_is_scored_holds_up_others_for_no_more_than_a_chunk(server):
+    sizes = []
+    engine = server.engine
+    scoring, step = engine.scoring, engine.step
+
+    def watched(*args, **fields):
+        made = scoring(*args, **fields)
+        advance = made.advance
+
+        def counted():
+            sizes.append(sum(part.end - part.start for part in made._chunks[0]))
+            return advance()
+
+        made.advance = counted
+        return made
+
+    def stepped():
+        sizes.append("step")
+        return step()
+
+    engine.scoring, engine.step = watched, stepped
+    fields = {"echo": True, "logprobs": 0, "max_tokens": 0, "prompt": [3] * 1000}
+    with raw(server) as running, raw(server) as first, raw(server) as second:
+        running.sendall(request_bytes(LONG))
+        eventually(lambda: "step" in sizes)
+        for connection in (first, second):
+            connection.sendall(request_bytes(SHORT | fields, headers=["connection: close"]))
+        for connection in (first, second):
+            assert read_all(connection).startswith(b"HTTP/1.1 200 OK")
+    pieces = [size for size in sizes if size != "step"]
+    assert sum(pieces) == 2 * 999
+    assert max(pieces) == CHUNK
+    between = "".join("s" if size == "step" else "p" for size in sizes)
+    assert "pp" not in between, "two pieces without a step between them"
+
+
+def test_a_client_that_leaves_while_its_prompt_is_scored_ends_that(server, monkeypatch):
+    pieces = []
+    advance = Scoring.advance
+    monkeypatch.setattr(Scoring, "advance", lambda self: pieces.append(self) or advance(self))
+    fields = {"echo": True, "logprobs": 0, "max_tokens": 0, "prompt": [3] * 4000}
+    with held(server.engine) as go, raw(server) as running:
+        running.sendall(request_bytes(LONG))
+        go(1)
+        eventually(lambda: server.engine.num_ticks == 1)
+        with raw(server) as left:
+            left.sendall(request_bytes(SHORT | fields))
+            eventually(lambda: server.worker.num_open == 2)
+            go(2)
+            eventually(lambda: len(pieces) == 2)
+        eventually(lambda: server.worker.num_open == 1)
+        go(4)
+        eventually(lambda: server.engine.num_ticks == 7)
+        assert len(pieces) <= 3, "one may have been on its way"
+    eventually(server.is_idle)
+
+
+def test_a_prompt_that_can_t_be_scored_in_time_is_refused(model):
+    connections = []
+    fields = {"echo": True, "logprobs": 0, "max_tokens": 0, "prompt": [3] * 4000}
+    with serving({"tiny": model}, deadline_s=0.5, max_tokens=4096) as server, held(server.engine) as go:
+        for body in (LONG, SHORT | fields):
+            connections.append(raw(server))
+            connections[-1].sendall(request_bytes(body, headers=["connection: close"]))
+            go(1)
+            eventually(lambda: server.engine.num_ticks == 1)
+        assert read_all(connections[-1]).startswith(b"HTTP/1.1 504 ")
 
 
 def test_a_score_that_can_t_be_made_is_refused(server):
@@ -293,20 +416,21 @@ def test_a_score_that_can_t_be_made_is_refused(server):
 
 
 def test_memory_of_requests_goes_with_them(server):
-    import gc
-
-    from eellm.serve.answer import Answer
-    from eellm.serve.worker import Job
-
-    def alive():
-        gc.collect()
-        return sum(type(thing) in (Job, Answer) for thing in gc.get_objects())
-
-    before = alive()
-    for i in range(20):
-        ask(server, prompt=f"x{i}", stream=i % 2 == 0)
+    fresh = our_objects()
+    for i in range(4):
+        ask(server, prompt=f"x{i}", echo=True, logprobs=1)
     eventually(server.is_idle)
-    assert alive() == before
+    before = our_objects()
+    for i in range(20):
+        ask(server, prompt=f"x{i}", stream=i % 2 == 0, echo=i % 3 == 0, logprobs=1)
+    with raw(server) as left:
+        left.sendall(request_bytes(LONG | {"stream": True}))
+        assert left.recv(15) == b"HTTP/1.1 200 OK"
+    eventually(server.is_idle)
+    after = our_objects()
+    assert after - before == Counter()
+    kinds = ("Job", "Answer", "Handle", "Sequence", "Scoring")
+    assert [kind for kind in kinds if after[kind] > fresh[kind]] == [], "nor is the last one held"
 
 
 def test_an_event_that_ends_badly_says_so_within_the_stream(model):

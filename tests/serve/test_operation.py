@@ -1,10 +1,12 @@
 """A server's life: what it is told, how it starts, how it ends, and several models in one."""
 
+import contextlib
 import json
 import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -15,9 +17,10 @@ from eellm.cli.main import main
 from eellm.config.load import from_toml
 from eellm.config.serve import ServeConfig, ServedModel
 from eellm.errors import CheckpointError, ConfigError
-from eellm.serve.models import load_models
+from eellm.infer.native.network import NativeNetwork
+from eellm.serve.models import load_models, serve_models
 from tests.directories import assert_same_model
-from tests.models import tiny_model
+from tests.models import needs_compiler, tiny_model
 from tests.serve.servers import eventually, held, raw, read_all, request_bytes, served_model, serving
 from tests.worlds import tiny_tokenizer
 
@@ -35,7 +38,7 @@ def directory(tmp_path_factory):
     """A base, two adapters for it, a recipe with all three and a file of keys."""
     world = tmp_path_factory.mktemp("served")
     for name, layers in (("one", (2,)), ("two", (1, 4))):
-        model = tiny_model(dtype="float32", vocab_size=512, exits=(), max_seq_len=4096)
+        model = tiny_model(dtype="float32", vocab_size=512, exits=(), max_seq_len=4096, head_dim=16)
         model.tokenizer = tiny_tokenizer()
         eellm.save(model, world / "base")
         eellm.add_exits(model, [eellm.ExitConfig(layer=n, kind="norm") for n in layers])
@@ -144,18 +147,81 @@ def test_sigterm_ends_a_process_with_0_after_its_running_requests(directory, tmp
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_two_signals_end_a_process_at_once_while_streams_run_and_every_client_hears_of_it(directory, number):
+    command = [sys.executable, "-m", "eellm", "serve", str(directory / "serve.toml"), "--drain-s", "1000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        url = process.stdout.readline().split()[-1]
+        fields = LONG | {"stream": True}
+        with contextlib.ExitStack() as stack:
+            streams = []
+            for name in ("base", "one", "two") * 4:
+                body = fields | {"model": name}
+                run = stack.enter_context(httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60))
+                streams.append(run.iter_lines())
+                assert next(streams[-1]).startswith("data: {")
+            process.send_signal(number)
+            eventually(lambda: httpx.get(f"{url}/ready").status_code == 503)
+            process.send_signal(number)
+            ends = [[line for line in lines if line][-2:] for lines in streams]
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == (0 if number == signal.SIGTERM else 130)
+    assert "Traceback" not in err
+    for error, done in ends:
+        assert done == "data: [DONE]"
+        is_cut = json.loads(error.removeprefix("data: ")).get("error", {}).get("code") == "shutting_down"
+        assert is_cut or '"finish_reason":"length"' in error
+
+
 # --- several models ---
 
 
 def test_adapters_of_one_base_share_its_parameters(directory):
     config = from_toml(ServeConfig, directory / "serve.toml")
     models = load_models(config.served(), dtype="float32", device="cpu")
-    assert models["one"].decoder is models["two"].decoder
+    assert models["one"].decoder is models["two"].decoder is models["base"].decoder
     assert [models[name].config.exit_layers for name in ("base", "one", "two")] == [(), (2,), (1, 4)]
     for name in ("one", "two"):
         assert_same_model(models[name], eellm.load(directory / name))
     text = eellm.generate(models["two"], ["for x"], threshold=0.3, max_new_tokens=8)[0].text
     assert text == eellm.generate(eellm.load(directory / "two"), ["for x"], threshold=0.3, max_new_tokens=8)[0].text
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+@pytest.mark.parametrize("compile", [pytest.param(True, marks=needs_compiler), False])
+def test_engines_of_adapters_of_one_base_share_the_packed_matrices(directory, compile, quantize):
+    config = replace(from_toml(ServeConfig, directory / "serve.toml"), compile=compile, quantize=quantize)
+    served = serve_models(config, cache_dir=None)
+    base, *others = (matrices(served[name].engine.network) for name in ("base", "one", "two"))
+    assert len(base) == 4 * 6 + 1
+    assert [place for place in base if not all(other[place] == base[place] for other in others)] == []
+    for name in ("one", "two"):
+        alone = eellm.Engine(eellm.load(directory / name), compile=compile, quantize=quantize)
+        assert not set(base.values()) & set(matrices(alone.network).values())
+        fields = {"threshold": 0.3, "max_new_tokens": 8}
+        together = served[name].engine
+        assert together.generate(["for x"], **fields)[0].tokens == alone.generate(["for x"], **fields)[0].tokens
+
+
+def matrices(network):
+    """Where each of the backbone's matrices lies, by its place."""
+    if isinstance(network, NativeNetwork):
+        layers, output, place = network._layers, network._outputs[6], lambda matrix: matrix.weight
+    else:
+        layers, output, place = network.layers, network.heads[6].output, id
+    found = {"output": place(output)}
+    for n, layer in layers.items():
+        for name, matrix in (
+            ("qkv", layer.qkv),
+            ("out", layer.out),
+            ("up", layer.mlp.gate_up),
+            ("down", layer.mlp.down),
+        ):
+            found[n, name] = place(matrix)
+    return found
 
 
 def test_a_model_that_can_t_be_loaded_is_named(directory):

@@ -259,3 +259,11 @@ def test_a_body_just_within_the_limit_is_read(server):
     body = json.dumps(PLAIN).encode()
     assert server.post(content=body + b" " * (50_000 - len(body))).status_code == 200
     assert server.post(content=body + b" " * (50_001 - len(body))).status_code == 413
+
+
+def test_a_large_body_is_no_large_head():
+    with serving({"tiny": served_model()}) as server:
+        body = json.dumps(PLAIN).encode()
+        for size in (70_000, 300_000, 900_000):
+            for _ in range(3):  # how much of it is read at once differs
+                assert server.post(content=body + b" " * size).status_code == 200

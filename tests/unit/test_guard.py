@@ -84,6 +84,31 @@ def test_exits_that_gain_less_than_the_margin_are_not_used():
     assert full.seconds_per_token == costs.full_s(1)
 
 
+@settings(max_examples=40, deadline=None)
+@given(weights=WEIGHTS, heads=HEADS, batch_size=st.integers(1, 3), max_deferred=st.integers(1, 6))
+def test_exits_that_have_one_certificate_are_all_in_use_or_none(weights, heads, batch_size, max_deferred):
+    shares = {layer: weight / sum(weights) for layer, weight in zip(STOPS, weights, strict=True)}
+    exit_s, final_s = dict(zip(STOPS[:-1], heads[:-1], strict=True)), heads[-1]
+    planner = planner_costs(exit_s, final_s)
+    plan = early_pays(
+        ExitDistribution(shares=shares),
+        costs_of(exit_s, final_s),
+        batch_size=batch_size,
+        max_deferred=max_deferred,
+        margin=0.0,
+        whole=True,
+    )
+    all_s = recomputation_step_s(planner, ExitDistribution(shares=shares), batch_size, max_deferred)
+    full_s = full_step_s(planner, batch_size)
+    assert plan.seconds_per_token * batch_size == pytest.approx(min(all_s, full_s), rel=1e-6)
+    assert plan.exits in ((), STOPS[:-1])
+
+
+def test_a_certificate_for_some_of_the_exits_leaves_the_others_out():
+    costs = step_costs((4, 8, 12), layer_s=1.0, head_s=0.1)
+    assert early_pays(ExitDistribution(shares={8: 0.9, 12: 0.1}), costs, whole=True).exits == (8,)
+
+
 def test_a_head_that_costs_more_than_the_layers_behind_it_is_not_tested():
     distribution = ExitDistribution(shares={6: 0.9, 12: 0.1})
     assert early_pays(distribution, step_costs((6, 12), exit_s={6: 7.0})).exits == ()

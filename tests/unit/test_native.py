@@ -147,8 +147,11 @@ def test_a_walk_in_one_call_is_leg_after_leg_to_the_last_bit(quantize, policy):
         )
         assert torch.equal(ours[0], theirs[0])
         for one, other in zip(ours[1], theirs[1], strict=True):
-            assert (one is None) == (other is None)
-            assert one is None or (one.answers == other.answers and torch.equal(one.logits_NV, other.logits_NV))
+            assert (one.heard is None) == (other.heard is None)
+            if one.heard is not None:
+                assert one.heard.answers == other.heard.answers
+                assert torch.equal(one.heard.logits_NV, other.heard.logits_NV)
+            assert (one.layers_s > 0, one.head_s > 0) == (True, one.heard is not None)
         for layer in range(1, 7):
             assert torch.equal(memories[0].layers[layer], memories[1].layers[layer])
         num_gone.add(len(ours[1]))

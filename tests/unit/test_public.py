@@ -33,16 +33,24 @@ OPTIONS = {
     "generate": """
         model prompt adapter chat max-new-tokens method policy threshold exits max-deferred
         temperature top-k top-p min-p repetition-penalty seed stop ignore-eos dtype device json
-        max-draft lookup always-draft typical quantize compile workers
+        max-draft lookup always-draft typical quantize compile workers tp risk risk-metric
+    """,
+    "calibrate": """
+        model text risk adapter confidence metric policy exits clip path-share num-levels max-new-tokens seq-len
+        batch-size seed dtype device json
     """,
     "bench": "model adapter tokens rounds batch threshold quantized out dtype device",
     "evaluate": """
         model text adapter curve out policy exits new-tokens seq-len max-tokens batch-size dtype device json
     """,
+    "suit": "model text adapter out tune-steps tune-lr precision seq-len max-tokens batch-size dtype device json",
+    "tasks": """
+        model tasks data include adapter exit threshold policy exits limit fewshot chat batch-size out dtype device json
+    """,
     "serve": """
         model adapter name models host port api-keys open-to-all allowed-hosts cors-origins max-batch max-waiting
-        max-tokens max-body-bytes max-stops max-stop-chars method quantize compile workers dtype device warm-up stream-s
-        deadline-s body-s drain-s log-prompts
+        max-tokens max-body-bytes max-stops max-stop-chars method quantize compile workers tp shadow dtype device
+        warm-up stream-s deadline-s body-s drain-s log-prompts
     """,
     "tune": """
         model.base model.adapter model.exits model.init model.fit-scale model.dtype model.device
@@ -92,12 +100,13 @@ RECIPES = {"tune": TuneConfig, "train": TrainConfig, "plan": PlanConfig, "serve"
 
 
 LIGHT = """
-    eellm eellm.errors eellm.log eellm.config.check eellm.config.infer eellm.config.load eellm.config.model
-    eellm.config.optim eellm.config.parallel eellm.config.train eellm.config.tune
+    eellm eellm.errors eellm.log eellm.config.calibrate eellm.config.check eellm.config.infer eellm.config.load
+    eellm.config.model eellm.config.optim eellm.config.parallel eellm.config.train eellm.config.tune
     eellm.text.bytes eellm.text.chat eellm.text.stream eellm.text.tokenizer
     eellm.data.prepare eellm.data.sources eellm.cli.main eellm.cli.options
     eellm.train.check eellm.train.weights eellm.train.dropout eellm.cli.plan eellm.config.plan
-    eellm.cli.serve eellm.config.serve
+    eellm.cli.serve eellm.config.serve eellm.evaluate.risk eellm.evaluate.path eellm.evaluate.rouge eellm.infer.shadow
+    eellm.evaluate.advice eellm.evaluate.answers eellm.evaluate.rule eellm.infer.costs eellm.infer.guard
 """
 LIGHT += " ".join(
     f"eellm.{layer}.{path.stem}" for layer in ("schedule", "plan") for path in (ROOT / "eellm" / layer).glob("[!_]*.py")

@@ -13,7 +13,7 @@ from eellm.schedule.partition import check_microbatches, partition
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FILES = sorted(RECIPES.glob("*.toml"))
-TUNING = {"quickstart.toml"}
+TUNING = {"quickstart.toml", "smollm2-exits.toml"}
 
 # layers, hidden size, heads; exits; weights; tied; tp, pp, rows in a microbatch; parameters. What is called 30B is
 # Llama's model of 32.5 billion.
@@ -41,7 +41,15 @@ def test_every_recipe_loads(file):
 
 
 def test_the_recipes_are_these():
-    expected = {"quickstart", "debug", "english", "english-bytes", *(f"paper-{size}" for size in PAPER)}
+    expected = {
+        "quickstart",
+        "smollm2-exits",
+        "tutorial",
+        "debug",
+        "english",
+        "english-bytes",
+        *(f"paper-{size}" for size in PAPER),
+    }
     assert {file.stem for file in FILES} == expected
 
 

@@ -238,3 +238,15 @@ def test_penalties_below_0_make_what_was_said_likelier():
     (plain,) = eellm.generate(model, [PROMPT], **options)
     (same,) = eellm.generate(model, [PROMPT], sampling=eellm.Sampling(presence_penalty=-100.0), **options)
     assert len(set(same.tokens)) == 1 < len(set(plain.tokens))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-40, 1.0])
+@pytest.mark.parametrize("penalty", [5e-324, 1e-40, 1e300])
+def test_extreme_penalties_and_temperatures_leave_probabilities_that_can_be_drawn_from(temperature, penalty):
+    sampling = eellm.Sampling(temperature=temperature, repetition_penalty=penalty, top_p=0.0, seed=1)
+    sampler = Sampler(sampling, [0, 1, 2], "cpu")
+    logits = torch.tensor([3.0, -2.0, 0.0, 1.0])
+    found = sampler.probabilities(logits)
+    assert found.isfinite().all()
+    assert float(found.sum()) == pytest.approx(1)
+    assert sampler.draw(logits) == (0 if penalty < 1 else 3)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import eellm
 from eellm.errors import ConfigError, RequestError
@@ -89,7 +91,35 @@ def test_of_a_pair_the_continuation_is_scored_given_the_context():
         if whole.tokens == [*ids[0], *ids[1]][1:]:
             assert pair.logprobs == pytest.approx(whole.logprobs[-len(ids[1]) :], abs=1e-4)
         tokens = engine.score([(ids[0], ids[1])])[0]
-        assert tokens.logprobs == pair.logprobs
+        assert tokens.logprobs == pytest.approx(pair.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("thresholds", [{}, {2: 0.0}, {1: 0.5, 2: 0.5, 3: 0.5, 5: 0.5}])
+@pytest.mark.parametrize("room", [1, 100, 4096])
+def test_texts_of_any_lengths_at_once_are_scored_as_each_alone(thresholds, room, monkeypatch):
+    monkeypatch.setattr(scoring, "ROOM", room)
+    texts = [TEXT[i : i + length] for i, length in enumerate((2, 30, 5, 8, 2, 2, 2, 49, 9, 3, 3, 3, 12))]
+    fields = {"threshold": thresholds} if thresholds else {}
+    with eellm.Engine(MODEL) as engine:
+        scores = engine.score(texts, **fields)
+        pairs = engine.score([(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts], **fields)
+        assert engine.score([]) == []
+    for text, score, pair in zip(texts, scores, pairs, strict=True):
+        rows = expected(text, thresholds)
+        assert_is(score, rows)
+        assert_is(pair, rows[len(text) // 2 - 1 :])
+
+
+@given(st.lists(st.integers(1, 40), min_size=1), st.integers(1, 5))
+def test_chunks_hold_every_row_once_in_order_and_no_slot_twice(lengths, num_slots):
+    chunks = list(scoring._chunks(lengths, num_slots))
+    parts = [part for chunk in chunks for part in chunk]
+    rows = [(part.text, row) for part in parts for row in range(part.start, part.end)]
+    assert rows == [(text, row) for text, length in enumerate(lengths) for row in range(length)]
+    for chunk in chunks:
+        assert sum(part.end - part.start for part in chunk) <= scoring.CHUNK
+        slots = [part.text % num_slots for part in chunk]
+        assert len(set(slots)) == len(slots)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,9 @@ def greedy(model, prompt=PROMPT, num_tokens=40, **options):
 
 
 @pytest.mark.parametrize("lookup", [True, False])
-@pytest.mark.parametrize("max_draft", [1, 2, 5, 8])
+@pytest.mark.parametrize(
+    "max_draft", [1, pytest.param(2, marks=pytest.mark.slow), 5, pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_greedy_tokens_and_log_probabilities_are_those_of_full_depth(max_draft, lookup):
     for seed in (0, 4, 5):
         model = tiny_model(seed=seed)
@@ -115,7 +117,7 @@ def third_token(model, prompt, sampling):
 @pytest.mark.parametrize(
     "options",
     [
-        {"lookup": False, "threshold": 0.0, "max_draft": 1},
+        pytest.param({"lookup": False, "threshold": 0.0, "max_draft": 1}, marks=pytest.mark.slow),
         {"lookup": False, "threshold": 0.0, "max_draft": 4},
         {"lookup": False, "threshold": 0.2, "exits": [3, 5]},
         {"lookup": True, "exits": []},

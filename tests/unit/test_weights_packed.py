@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import eellm
 from eellm.errors import ConfigError
+from eellm.infer.packing import Packed
 from eellm.infer.quantize import round_weight
 from eellm.infer.weights import Int4, Int8, Int8Simple, OneDNN, Plain, _multiplies_bytes, pack
 from tests.models import tiny_model
@@ -161,3 +162,17 @@ def test_torch_s_private_names_that_products_need_are_where_they_were():
     for place, needed in names.items():
         for name in needed:
             assert hasattr(place, name), f"torch {torch.__version__} has moved {name}: see eellm/infer/weights.py"
+
+
+def test_a_matrix_is_made_once_for_a_way_and_its_parameters_as_they_are():
+    packed, first, second = Packed(), torch.nn.Linear(4, 8), torch.nn.Linear(4, 8)
+    other = torch.nn.Linear(4, 8)
+    other.weight, other.bias = first.weight, first.bias  # another module of the same parameters
+    made = [packed.matrix("way", [linear], object) for linear in (first, other, second)]
+    assert made[0] is made[1] is not made[2]
+    assert packed.matrix("another way", [first], object) is not made[0]
+    assert packed.matrix("way", [first, second], object) is not packed.matrix("way", [second, first], object)
+    with torch.no_grad():
+        first.weight += 1
+    assert packed.matrix("way", [first], object) is not made[0]
+    assert packed.matrix("way", [second], object) is made[2]

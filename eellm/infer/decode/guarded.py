@@ -11,6 +11,7 @@ from eellm.infer.decode.early import Early
 from eellm.infer.guard import early_pays
 from eellm.infer.readout import Reading
 from eellm.infer.sequence import Sequence as Served
+from eellm.infer.shadow import Shadow
 from eellm.plan.decode import ExitDistribution
 
 ASK_ALL_EVERY = 32
@@ -25,8 +26,12 @@ class ExitShares:
     """Where tokens leave when all exits are asked, over all sequences of an engine with the same exits and
     thresholds."""
 
-    def __init__(self, costs: StepCosts, thresholds: Mapping[int, float], max_deferred: int, *, gated: bool) -> None:
+    def __init__(
+        self, costs: StepCosts, thresholds: Mapping[int, float], max_deferred: int, *, gated: bool, whole: bool = False
+    ) -> None:
+        """whole: all exits are used or none, since only all of them together have a certificate."""
         self.costs = costs
+        self.whole = whole
         self.max_deferred = max_deferred
         self.gated = gated
         self.batch_size = 1
@@ -50,7 +55,12 @@ class ExitShares:
             total = sum(self._seen.values())
             shares = ExitDistribution(shares={at: seen / total for at, seen in self._seen.items()})
             plan = early_pays(
-                shares, self.costs, batch_size=self.batch_size, max_deferred=self.max_deferred, gated=self.gated
+                shares,
+                self.costs,
+                batch_size=self.batch_size,
+                max_deferred=self.max_deferred,
+                gated=self.gated,
+                whole=self.whole,
             )
             self.in_use = {at: self._thresholds[at] for at in plan.exits}
 
@@ -58,8 +68,10 @@ class ExitShares:
 class GuardedEarly(Early):
     """As `Early`, with the exits that pay."""
 
-    def __init__(self, thresholds: Mapping[int, float], shares: ExitShares, *, max_deferred: int) -> None:
-        super().__init__(thresholds, max_deferred=max_deferred)
+    def __init__(
+        self, thresholds: Mapping[int, float], shares: ExitShares, *, max_deferred: int, shadow: Shadow | None = None
+    ) -> None:
+        super().__init__(thresholds, max_deferred=max_deferred, shadow=shadow)
         self.shares = shares
         self.num_tokens = 0
         self._begin()

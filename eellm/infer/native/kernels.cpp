@@ -4,7 +4,9 @@
 // V vocabulary. Everything is row after row. eellm/infer/native/network.py fills the structs and calls; nothing here
 // allocates but scratch, or checks what it is given.
 #include <algorithm>
+#include <chrono>
 #include <cstring>
+#include <utility>
 
 #include "attention.h"
 #include "product.h"
@@ -51,7 +53,12 @@ struct Leg {
     double threshold;   // of the score, at which the head is sure
     float* logits;      // (num_asked, V)
     double* table;      // (num_asked, 5)
+    double layers_s, head_s;  // what they took, once it was gone
 };
+
+static double now_s() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 static thread_local Room normed_room, sums_room, scores_room, qkv_room, y_room, width_room;
 
@@ -235,18 +242,23 @@ void eellm_run(const Layer* const* layers, float* const* kv, int64_t num_layers,
 
 // x (N, D) → out (N, D), one leg after the other until a head is sure of the newest row or none is left. Returns how many
 // legs were gone. asked (rows, D): room for the newest rows, where a head has an MLP.
-int64_t eellm_walk(const Leg* legs, int64_t num_legs, int64_t C, const Rows* rows, const float* x, float* out, float* asked, int64_t num_threads) {
+int64_t eellm_walk(Leg* legs, int64_t num_legs, int64_t C, const Rows* rows, const float* x, float* out, float* asked, int64_t num_threads) {
     int64_t N = rows->num_rows, D = legs[0].layers[0]->qkv.num_inputs, num_gone = 0;
     Scratch scratch(*legs[0].layers[0], N);
     std::memcpy(out, x, N * D * sizeof(float));
     together(num_threads, [=, &num_gone](int thread, int team, Barrier& barrier) {
+        double since_s = now_s();
+        auto took = [&] {
+            double before_s = std::exchange(since_s, now_s());
+            return since_s - before_s;
+        };
         for (int64_t i = 0; i < num_legs; i++) {
-            const Leg& leg = legs[i];
+            Leg& leg = legs[i];
             const Head& head = leg.head;
             int64_t first = leg.first_row, n = leg.num_asked;
             Rows own{N - first, rows->slots + first, rows->positions + first, rows->cos, rows->sin};
             run_layers(leg.layers, leg.kv, leg.num_layers, C, own, out + first * D, scratch, thread, team, barrier);
-            if (thread == 0) num_gone = i + 1;
+            if (thread == 0) num_gone = i + 1, leg.layers_s = took();
             if (!n) continue;
             const float* newest = out + (N - n) * D;
             if (head.mlp) {
@@ -257,6 +269,7 @@ int64_t eellm_walk(const Leg* legs, int64_t num_legs, int64_t C, const Rows* row
             }
             run_head(head.norm, head.eps, *head.output, n, newest, leg.logits, leg.table, thread, team, barrier);
             barrier.wait();
+            if (thread == 0) leg.head_s = took();
             if (leg.table[5 * (n - 1) + leg.score] >= leg.threshold) break;
         }
     });

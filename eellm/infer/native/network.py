@@ -23,7 +23,8 @@ from eellm.infer.native import structs
 from eellm.infer.native.build import BuildError, library
 from eellm.infer.native.rows import Angles, KVList, NativeRows
 from eellm.infer.native.walk import COLUMNS, Walk, answers_in, make_table
-from eellm.infer.network import Answer, Heard, Leg, Network
+from eellm.infer.network import Answer, Gone, Leg, Network
+from eellm.infer.packing import Packed, once, side_by_side
 from eellm.infer.quantize import Quantize, QuantizeCache
 from eellm.log import log
 from eellm.model import layers as model_layers
@@ -57,13 +58,15 @@ class NativeNetwork(Network):
         quantize: Quantize | None = None,
         layers: range | None = None,
         cache_dir: Path | None = None,
+        packed: Packed | None = None,
     ) -> None:
         """Copies the model's weights; quantize: into matrices of so many bits. cache_dir: where those and the kernels
-        are kept. Raises BuildError where these can't be built."""
+        are kept. packed: matrices that others have made. Raises BuildError where these can't be built."""
         super().__init__(model, layers)
         self._library = library(cache_dir or KERNELS_DIR)
         self._quantize: Quantize | None = quantize
         self._cache = None if cache_dir is None else QuantizeCache(cache_dir / "rounded")
+        self._packed = packed
         self._angles = Angles(Rope(self.config))
         decoder = model.decoder
         self._layers = {n: self._layer(decoder.layer(n)) for n in self.held}
@@ -98,7 +101,7 @@ class NativeNetwork(Network):
 
     def walk(
         self, h_ND: Tensor, done: int, legs: Sequence[Leg], span: Span, memory: Memory, policy: str
-    ) -> tuple[Tensor, list[Heard | None]]:
+    ) -> tuple[Tensor, list[Gone]]:
         h_ND, rows = h_ND.contiguous(), self.rows([span])
         walk = Walk(
             legs,
@@ -118,7 +121,7 @@ class NativeNetwork(Network):
             *_pointers(h_ND, out_ND, asked_ND),
             _threads(),
         )
-        return out_ND, walk.heard(num_gone)
+        return out_ND, walk.gone(num_gone)
 
     def attended(self, layer: int, h_ND: Tensor, rows: PassRows, memory: Memory) -> Tensor:
         body = self._bodies.get(layer)
@@ -226,7 +229,7 @@ class NativeNetwork(Network):
 
     def _mlp(self, norm: model_layers.RMSNorm, mlp: model_layers.MLP) -> structs.MLP:
         norm_D = _vector(norm)
-        parts = self._matrix(mlp.gate, mlp.up, order=structs.gate_and_up(mlp.gate.out_features)), self._matrix(mlp.down)
+        parts = self._matrix(mlp.gate, mlp.up, is_gated=True), self._matrix(mlp.down)
         struct = structs.MLP(
             norm=norm_D.data_ptr(),
             gate_up=parts[0],
@@ -237,19 +240,20 @@ class NativeNetwork(Network):
         struct.kept = (norm_D, *parts)
         return struct
 
-    @torch.no_grad()
-    def _matrix(self, *linears: nn.Linear, is_head: bool = False, order: Tensor | None = None) -> structs.Matrix:
-        """One matrix of all outputs, in that order."""
-        weight_OI = torch.cat([linear.weight for linear in linears]) if len(linears) > 1 else linears[0].weight
-        biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
-        assert len(biases) in (0, len(linears)), "all of them have biases, or none"
-        bias_O = torch.cat(biases) if biases else None
+    def _matrix(self, *linears: nn.Linear, is_head: bool = False, is_gated: bool = False) -> structs.Matrix:
+        """One matrix of all outputs; is_gated: of a gate's and what it gates, in turn."""
         # logits suffer most from fewer bits: a head keeps 8
-        quantize = "int8" if self._quantize is not None and is_head else self._quantize
-        order = structs.in_turn(len(weight_OI)) if order is None else order
-        matrix = structs.make_matrix(weight_OI, bias_O, order, quantize, self._cache)
-        if len(linears) == 1:
-            matrix.num_outputs = len(weight_OI)
+        quantize: Quantize | None = "int8" if self._quantize is not None and is_head else self._quantize
+
+        def make() -> structs.Matrix:
+            weight_OI, bias_O = side_by_side(linears)
+            order = structs.gate_and_up(len(weight_OI) // 2) if is_gated else structs.in_turn(len(weight_OI))
+            matrix = structs.make_matrix(weight_OI, bias_O, order, quantize, self._cache)
+            if len(linears) == 1:
+                matrix.num_outputs = len(weight_OI)
+            return matrix
+
+        matrix = once(self._packed, ("native", quantize, is_gated), linears, make)
         self.num_bytes += matrix.num_bytes
         return matrix
 

@@ -80,6 +80,8 @@ class Leg(_Struct):
         ("threshold", c_double),
         ("logits", c_void_p),
         ("table", c_void_p),
+        ("layers_s", c_double),
+        ("head_s", c_double),
     ]
 
 

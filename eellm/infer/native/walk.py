@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eellm.infer.native import structs
-from eellm.infer.network import Answer, Heard, Leg
+from eellm.infer.network import Answer, Gone, Heard, Leg
 
 COLUMNS = {"max_prob": 2, "margin": 3, "entropy": 4}
 """Of the policies' scores among the five numbers that the kernel says of a row."""
@@ -47,10 +47,13 @@ class Walk:
             struct.score, struct.threshold = self.column, leg.threshold
             struct.logits, struct.table = logits_NV.data_ptr(), ctypes.addressof(table)
 
-    def heard(self, num_gone: int) -> list[Heard | None]:
-        """Behind the legs that were gone."""
-        rooms = self._rooms[:num_gone]
-        return [None if room is None else Heard(room[0], answers_in(room[1], [self.column])) for room in rooms]
+    def gone(self, num_gone: int) -> list[Gone]:
+        """What became of the legs that were gone."""
+        legs = zip(self._rooms, self.structs, range(num_gone), strict=False)
+        return [Gone(self._heard(room), struct.layers_s, struct.head_s) for room, struct, _ in legs]
+
+    def _heard(self, room: tuple[Tensor, Table] | None) -> Heard | None:
+        return None if room is None else Heard(room[0], answers_in(room[1], [self.column]))
 
 
 def make_table(num_rows: int) -> Table:

@@ -5,7 +5,7 @@ stage tests its exits on it until one is sure. The last stage reads what the fin
 entry has been through.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from eellm.exits.policy import SCORES
@@ -34,7 +34,9 @@ READING = 2
 END = 3
 """The entry has been through all stages."""
 RECORD = 7
-"""Numbers of a record."""
+"""Numbers of a record, in front of those of each exit."""
+UNASKED = -1.0
+"""In the place of an exit's score."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -59,6 +61,8 @@ class Entry:
     be tested."""
     heads_run: set[int] = field(default_factory=set)
     """Layers of the exits that were read."""
+    unsure: dict[int, float] = field(default_factory=dict)
+    """By layer, the scores of those that were asked in vain."""
 
     def is_tested(self, layer: int) -> bool:
         return self.answered == 0 and self.exits.get(layer, NEVER) < NEVER
@@ -80,15 +84,18 @@ class Record:
     token: int = 0
     logprob: float = 0.0
     score: float = 0.0
+    unsure: Mapping[int, float] = field(default_factory=dict)
+    """As of an `Entry`; of `ANSWER` and `END`."""
 
 
 class EntryCode:
-    """Entries as rows of numbers."""
+    """Entries and records as rows of numbers."""
 
     def __init__(self, exit_layers: Sequence[int]) -> None:
         """exit_layers: the model's."""
         self.exit_layers = tuple(exit_layers)
-        self.width = FIXED + len(self.exit_layers)
+        self.width = FIXED + 2 * len(self.exit_layers)
+        self.record_width = RECORD + len(self.exit_layers)
 
     def encode(self, entries: Iterable[Entry]) -> list[float]:
         values: list[float] = []
@@ -96,6 +103,7 @@ class EntryCode:
             values += (e.ticket, e.slot, e.before, e.count, POLICIES.index(e.policy), e.num_readings)
             values += (e.is_judged + 2 * e.wants_logits, e.answered, self.mask(e.heads_run))
             values += (e.exits.get(layer, -1.0) for layer in self.exit_layers)
+            values += self._scores(e.unsure)
         return values
 
     def decode(self, values: Sequence[float]) -> list[Entry]:
@@ -103,7 +111,7 @@ class EntryCode:
 
     def _entry(self, values: Sequence[float]) -> Entry:
         ticket, slot, before, count, policy, num_readings, flags, answered, heads = map(int, values[:FIXED])
-        thresholds = zip(self.exit_layers, values[FIXED:], strict=True)
+        thresholds = zip(self.exit_layers, values[FIXED : FIXED + len(self.exit_layers)], strict=True)
         return Entry(
             ticket=ticket,
             slot=slot,
@@ -116,7 +124,36 @@ class EntryCode:
             answered=answered,
             exits={layer: threshold for layer, threshold in thresholds if threshold >= 0},
             heads_run=self.heads(heads),
+            unsure=self._unsure(values[FIXED + len(self.exit_layers) :]),
         )
+
+    def encode_records(self, records: Iterable[Record]) -> list[float]:
+        values: list[float] = []
+        for r in records:
+            values += (r.kind, r.ticket, r.layer, r.heads, r.token, r.logprob, r.score, *self._scores(r.unsure))
+        return values
+
+    def decode_records(self, values: Sequence[float]) -> Iterator[Record]:
+        for i in range(0, len(values), self.record_width):
+            kind, ticket, layer, heads, token = map(int, values[i : i + 5])
+            logprob, score = values[i + 5 : i + RECORD]
+            unsure = self._unsure(values[i + RECORD : i + self.record_width])
+            yield Record(
+                kind=kind,
+                ticket=ticket,
+                layer=layer,
+                heads=heads,
+                token=token,
+                logprob=logprob,
+                score=score,
+                unsure=unsure,
+            )
+
+    def _scores(self, unsure: Mapping[int, float]) -> Iterator[float]:
+        return (unsure.get(layer, UNASKED) for layer in self.exit_layers)
+
+    def _unsure(self, scores: Sequence[float]) -> dict[int, float]:
+        return {layer: score for layer, score in zip(self.exit_layers, scores, strict=True) if score != UNASKED}
 
     def mask(self, layers: Iterable[int]) -> int:
         """Exits as one number, exact in float64 for up to 53 of them."""
@@ -124,14 +161,3 @@ class EntryCode:
 
     def heads(self, mask: int) -> set[int]:
         return {layer for i, layer in enumerate(self.exit_layers) if mask >> i & 1}
-
-
-def encode_records(records: Iterable[Record]) -> list[float]:
-    return [value for r in records for value in (r.kind, r.ticket, r.layer, r.heads, r.token, r.logprob, r.score)]
-
-
-def decode_records(values: Sequence[float]) -> Iterator[Record]:
-    for i in range(0, len(values), RECORD):
-        kind, ticket, layer, heads, token = map(int, values[i : i + 5])
-        logprob, score = values[i + 5 : i + 7]
-        yield Record(kind=kind, ticket=ticket, layer=layer, heads=heads, token=token, logprob=logprob, score=score)

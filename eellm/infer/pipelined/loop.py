@@ -53,27 +53,36 @@ class Progress:
     readings: list[Reading] = field(default_factory=list)
 
 
-class PipelinedMemory(Memory):
+class PipelinedMemory:
     """The first stage's; the workers do with theirs what is done with it."""
 
-    def __init__(self, network: Network, crew: Crew) -> None:
-        super().__init__(network.config, network.own_layer, network.held, dtype=network.dtype, device=network.device)
+    def __init__(self, own: Memory, config: ModelConfig, crew: Crew) -> None:
+        """own: of the first stage's network."""
+        self.own = own
         self.crew = crew
-        self.num_layers, self.num_own = network.config.num_layers, len(own_layers(network.config))
+        self.num_parts = config.num_layers + len(own_layers(config))
+
+    @property
+    def num_slots(self) -> int:
+        return self.own.num_slots
+
+    @property
+    def capacity(self) -> int:
+        return self.own.capacity
 
     @property
     def num_bytes(self) -> int:
         """Of all stages: every layer, and every exit's own, takes the same."""
-        here = len(self.layers) + len(self.exits)
-        return super().num_bytes // here * (self.num_layers + self.num_own)
+        here = len(self.own.layers) + len(self.own.exits)
+        return self.own.num_bytes // here * self.num_parts
 
     def reserve(self, num_slots: int, capacity: int) -> None:
         if num_slots > self.num_slots or capacity > self.capacity:
-            super().reserve(num_slots, capacity)
+            self.own.reserve(num_slots, capacity)
             self.crew.send(e.RESERVE, (self.num_slots, self.capacity))
 
     def copy(self, source: int, target: int, num_rows: int) -> None:
-        super().copy(source, target, num_rows)
+        self.own.copy(source, target, num_rows)
         self.crew.send(e.COPY, (source, target, num_rows))
 
 
@@ -170,7 +179,7 @@ class PipelinedLoop(Loop):
             slot=seq.slot,
             before=seq.passed[-1],
             count=count,
-            policy=options.policy,
+            policy=seq.request.policy,
             num_readings=num_readings,
             is_judged=is_judged,
             wants_logits=not seq.sampler.takes_likeliest or options.typical > 0 or options.top_logprobs > 0,
@@ -192,7 +201,7 @@ class PipelinedLoop(Loop):
         changed: dict[Served, None] = {}
         for message in self.crew.hear():
             logits = None if message.data is None else iter(message.tensor(torch.float32, self.config.vocab_size))
-            for record in e.decode_records(message.values):
+            for record in self.code.decode_records(message.values):
                 flight = self.flights[record.ticket]
                 logits_V = torch.empty(0)
                 if record.kind != e.END and flight.entry.wants_logits:
@@ -213,7 +222,7 @@ class PipelinedLoop(Loop):
             flight.end = record
         else:
             flight.is_heard = True
-            self._count_heads(seq, record)
+            self._take_asked(seq, record)
             if not flight.entry.is_judged:
                 self._progress(seq).asked -= flight.entry.num_readings
             if seq.finish_reason is None:
@@ -229,7 +238,7 @@ class PipelinedLoop(Loop):
         self.crew.arrived(flight.message)
         progress.in_flight -= 1
         if not flight.is_heard:
-            self._count_heads(seq, end)
+            self._take_asked(seq, end)
         if flight.readings:
             seq.work.count_head(self.stops[-1])
         progress.readings += flight.readings
@@ -238,6 +247,8 @@ class PipelinedLoop(Loop):
             progress.asked, progress.readings = 0, []
             seq.decode.at_end(seq, readings)
 
-    def _count_heads(self, seq: Served, record: Record) -> None:
+    def _take_asked(self, seq: Served, record: Record) -> None:
+        """The exits that workers asked about the newest row."""
         for layer in self.code.heads(record.heads):
             seq.work.count_head(layer)
+        seq.unsure += record.unsure.items()

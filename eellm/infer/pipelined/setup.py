@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +21,6 @@ from eellm.infer.quantize import Quantize
 from eellm.model.init import torch_dtype
 
 SETUP_TAG = 10
-LIFE_TAG = 20
-"""Nothing is ever sent with it: who waits for it learns that the other process is gone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +30,8 @@ class Plan:
     first: int
     """Its first layer."""
     last: int
+    tp: int
+    """Processes that share a stage."""
     quantize: Quantize | None
     compile: bool | None
     cache_dir: str | None
@@ -39,6 +40,15 @@ class Plan:
     """0: as many as it has."""
     max_in_flight: int
     """Messages on their way from one process to another, at the most."""
+
+    @property
+    def layers(self) -> range:
+        return range(self.first, self.last + 1)
+
+    @property
+    def directory(self) -> Path | None:
+        """`cache_dir`."""
+        return None if self.cache_dir is None else Path(self.cache_dir)
 
 
 @dataclass(frozen=True, kw_only=True)

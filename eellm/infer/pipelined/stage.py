@@ -119,9 +119,13 @@ class Stage:
             return []
         entries = [entry for entry, _ in tested]
         h_nD = rows_of(h_ND, [row for _, row in tested])
-        sure, asked, _ = ask(self.network, layer, h_nD, [x.policy for x in entries], [x.exits[layer] for x in entries])
+        sure, asked, unsure = ask(
+            self.network, layer, h_nD, [x.policy for x in entries], [x.exits[layer] for x in entries]
+        )
         for i in asked:
             entries[i].heads_run.add(layer)
+        for i, score in unsure.items():
+            entries[i].unsure[layer] = score
         for i in sure:
             entries[i].answered = layer
         return [(entries[i], reading) for i, reading in sure.items()]

@@ -1,9 +1,9 @@
 """A process with one stage: takes what comes from the stage before, answers the engine, sends the rows on.
 
-    python -m eellm.infer.pipelined.worker FILE RANK SIZE
+    python -m eellm.infer.pipelined.worker FILE RANK SIZE TP
 
 It ends when it is told to, or at once when the engine's process is gone. Passes that have come while it was busy are
-run as one.
+run as one. Of the processes that share a stage the first does this, and the others serve its network's calls.
 """
 
 import os
@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -21,11 +21,15 @@ from torch import Tensor
 from eellm.config.model import ModelConfig
 from eellm.exits.lm import EarlyExitLM
 from eellm.infer.network import Network
+from eellm.infer.packed import PackedNetwork
 from eellm.infer.pipelined import entry as e
-from eellm.infer.pipelined.entry import Entry, EntryCode, Record, encode_records
-from eellm.infer.pipelined.setup import LIFE_TAG, Plan, receive_plan, send_facts
+from eellm.infer.pipelined.entry import Entry, EntryCode, Record
+from eellm.infer.pipelined.life import live_with_engine
+from eellm.infer.pipelined.setup import Plan, receive_plan, send_facts
 from eellm.infer.pipelined.stage import Stage, StagePass, merged
-from eellm.infer.pipelined.wire import FOREVER, Group, Inbox, Message, Outbox, PeerLostError, gloo, wait_for
+from eellm.infer.pipelined.team import Lead, StageTeam, meet
+from eellm.infer.pipelined.tensor import Follower, TensorParallelNetwork, part_config
+from eellm.infer.pipelined.wire import Group, Inbox, Message, Outbox, PeerLostError
 from eellm.infer.prepare import make_network
 from eellm.infer.readout import Reading
 
@@ -35,47 +39,73 @@ MERGED_ENTRIES = 256
 
 
 def main() -> None:
-    path, rank, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    path, rank, size, tp = sys.argv[1], *map(int, sys.argv[2:5])
     store = dist.FileStore(path, size)
     store.set(f"here/{rank}", str(os.getpid()))
-    group = gloo(store, rank, size)
+    group, team = meet(store, rank, size, tp)
     store.set(f"met/{rank}", "")
-    serve(group, rank)
+    serve(group, team, rank)
 
 
-def serve(group: Group, rank: int) -> None:
-    """Until the engine says stop."""
-    threading.Thread(target=_end_with_engine, args=(group,), daemon=True).start()
+def serve(group: Group, team: StageTeam | None, rank: int) -> NoReturn:
+    """Until the engine says stop; then ends the process."""
+    is_waiting = (lambda: False) if team is None else (lambda: team.is_waiting)
+    threading.Thread(target=live_with_engine, args=(group, is_waiting), daemon=True).start()
     try:
         config, plan, tensors = receive_plan(group)
         if plan.num_threads:
             torch.set_num_threads(plan.num_threads)
-        network = stage_network(config, plan, tensors, rank)
-        worker = Worker(group, rank, network, plan.max_in_flight)
-        send_facts(group, network.num_bytes)
-        worker.run()
+        device = (
+            torch.device("cuda", rank % torch.cuda.device_count()) if plan.device == "cuda" else torch.device("cpu")
+        )
+        model = stage_model(part_config(config, plan.tp), tensors, device)
+        if team is not None and team.place > 0:
+            _follow(group, team, model, plan)
+        else:
+            _work(group, team, rank, model, config, plan)
     except PeerLostError:
         time.sleep(1)  # the engine hears of the one that is lost before it hears of us
         os._exit(1)
+    # NOTE not by way of the interpreter's end: a thread that gloo wakes then, of a connection that closes, aborts all
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
-def _end_with_engine(group: Group) -> None:
-    """The engine never sends this; waiting for it fails when its process ends."""
-    try:
-        wait_for(group.recv([torch.empty(1)], 0, LIFE_TAG), FOREVER)
-    except PeerLostError:
-        os._exit(1)
+def _follow(group: Group, team: StageTeam, model: EarlyExitLM, plan: Plan) -> None:
+    part = PackedNetwork(model, plan.quantize, plan.layers, plan.directory, team=team)
+    follower = Follower(part, team)
+    send_facts(group, part.num_bytes)
+    follower.run()
+
+
+def _work(group: Group, team: StageTeam | None, rank: int, model: EarlyExitLM, config: ModelConfig, plan: Plan) -> None:
+    """config: the whole model's."""
+    lead = None if team is None else Lead(team)
+    layers, quantize, cache_dir = plan.layers, plan.quantize, plan.directory
+    network: Network
+    if lead is None:
+        network = make_network(model, quantize=quantize, layers=layers, cache_dir=cache_dir, compile=plan.compile)
+    else:
+        network = TensorParallelNetwork(model, layers, config, lead, quantize=quantize, cache_dir=cache_dir)
+    worker = Worker(group, rank, plan.tp, network, plan.max_in_flight)
+    send_facts(group, network.num_bytes)
+    worker.run()
+    if lead is not None:
+        lead.stop()
+        lead.flush()
 
 
 class Worker:
-    def __init__(self, group: Group, rank: int, network: Network, max_in_flight: int) -> None:
+    def __init__(self, group: Group, rank: int, step: int, network: Network, max_in_flight: int) -> None:
+        """step: from a stage's rank to the next one's."""
         config = network.config
         memory = network.new_memory()
         self.stage = Stage(network, memory)
         self.code = EntryCode(config.exit_layers)
         self.max_in_flight = max_in_flight
-        self.inbox = Inbox(group, rank - 1)
-        self.next = None if self.stage.is_last else Outbox(group, rank + 1)
+        self.inbox = Inbox(group, rank - step)
+        self.next = None if self.stage.is_last else Outbox(group, rank + step)
         self.engine = Outbox(group, 0)
         self.held: deque[Message] = deque()
         """What was taken from the inbox and couldn't be merged."""
@@ -145,7 +175,8 @@ class Worker:
                 if entry.wants_logits:
                     logits.append(reading.logits_V)
             heads = self.code.mask(entry.heads_run)
-            records.append(Record(kind=e.END, ticket=entry.ticket, layer=entry.answered, heads=heads))
+            end = Record(kind=e.END, ticket=entry.ticket, layer=entry.answered, heads=heads, unsure=entry.unsure)
+            records.append(end)
         self._reply(records, logits)
 
     def _record(self, kind: int, entry: Entry, reading: Reading) -> Record:
@@ -157,22 +188,20 @@ class Worker:
             token=reading.token,
             logprob=reading.logprob,
             score=reading.score,
+            unsure=entry.unsure if kind == e.ANSWER else {},
         )
 
     def _reply(self, records: list[Record], logits: list[Tensor]) -> None:
         self.engine.keep(self.max_in_flight)
-        self.engine.send(e.REPLY, encode_records(records), torch.stack(logits) if logits else None)
+        self.engine.send(e.REPLY, self.code.encode_records(records), torch.stack(logits) if logits else None)
 
 
-def stage_network(config: ModelConfig, plan: Plan, tensors: Mapping[str, Tensor], rank: int) -> Network:
-    """The stage's layers, with the weights that came; the rest of the model takes no memory."""
+def stage_model(config: ModelConfig, tensors: Mapping[str, Tensor], device: torch.device) -> EarlyExitLM:
+    """A model with these weights; the rest of it takes no memory."""
     with torch.device("meta"):
         model = EarlyExitLM(config).eval()
-    device = torch.device("cuda", rank % torch.cuda.device_count()) if plan.device == "cuda" else torch.device("cpu")
     model.load_state_dict({name: t.to(device) for name, t in tensors.items()}, strict=False, assign=True)
-    cache_dir = None if plan.cache_dir is None else Path(plan.cache_dir)
-    layers = range(plan.first, plan.last + 1)
-    return make_network(model, quantize=plan.quantize, layers=layers, cache_dir=cache_dir, compile=plan.compile)
+    return model
 
 
 if __name__ == "__main__":
