@@ -18,7 +18,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from peers import MODULES, given, make_peers
+from peers import MODULES, OUT, given, make_peers
 from rich.console import Console
 from rich.table import Table
 from suite_parts import PARTS, ROOT, Length, Part
@@ -72,10 +72,11 @@ def chosen(only: list[str] | None, length: Length) -> list[Part]:
 
 def run(parts: list[Part], length: Length, options: argparse.Namespace) -> Report:
     """Runs what isn't done yet, and writes the report after each part."""
-    directory, peers_file = options.out / length, options.out / "peers/peers.json"
+    directory = options.out / length
+    peers_file = options.out / "peers.json" if options.python else OUT / "peers.json"
     directory.mkdir(parents=True, exist_ok=True)
     names = [name for name in MODULES if any(name in part.peers for part in parts)]
-    peers = given(names, options.python, peers_file) if options.python else make_peers(names, peers_file.parent)
+    peers = given(names, options.python, peers_file) if options.python else make_peers(names)
     report = Report(head=machine(length), peers=peers, parts=[])
     for number, part in enumerate(parts, start=1):
         print(f"{number} of {len(parts)}: {part.name}", file=sys.stderr)

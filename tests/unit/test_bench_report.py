@@ -340,3 +340,16 @@ def test_the_suite_lists_what_it_would_run():
     listed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert [line.split(":")[0] for line in listed.splitlines()[::2]] == ["table", "english"]
     assert "english_pair.py --out {out}" in listed
+
+
+def test_the_suite_writes_a_report_of_the_part_that_is_asked_for_and_does_not_run_it_twice(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "suite.py"), "--only", "table", "--out", str(tmp_path)]
+    subprocess.run(command, capture_output=True, check=True, cwd=ROOT)
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert data["counts"] == {"met": 20}
+    assert {row["part"] for row in data["rows"]} == {"table"}
+    assert data["head"]["cores"] >= 1
+    assert "EE-LLM's Table 1" in (tmp_path / "report.md").read_text()
+    (tmp_path / "short/table.log").unlink()
+    subprocess.run(command, capture_output=True, check=True, cwd=ROOT)
+    assert not (tmp_path / "short/table.log").exists()
