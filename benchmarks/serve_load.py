@@ -117,6 +117,8 @@ def peers(options: argparse.Namespace, base: str) -> Iterator[Peer]:
         yield Peer(name="transformers serve, batching", model=base, command=[*serve, "--continuous-batching"])
     if options.vllm:
         serve = [options.vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", base, "--port", "{port}"]
+        # on a CPU that is a share of the whole memory, 0.92 if unset, which is seldom free
+        serve += ["--gpu-memory-utilization", "0.25"]
         yield Peer(name="vLLM", model=base, command=[*serve, "--dtype", "float32", "--max-num-seqs", "32"])
 
 

@@ -83,7 +83,7 @@ PARTS = (
         shows="Quality against speed over thresholds, by recomputation (`early`) and by a pipeline of two processes",
         short="curves.py --quick --out {out}",
         full="curves.py models/english models/english-bytes --out {out}",
-        timeout_s={"short": 300, "full": 3600},
+        timeout_s={"short": 900, "full": 3600},
         rows=curve_rows,
         needs=HELD_OUT,
     ),
@@ -110,7 +110,7 @@ PARTS = (
         shows="What an exit costs an iteration of a pipeline of two processes",
         short="train_overhead.py --rounds 2 --out {out}",
         full="train_overhead.py --rounds 15 --out {out}",
-        timeout_s={"short": 600, "full": 3600},
+        timeout_s={"short": 900, "full": 3600},
         rows=overhead_rows,
     ),
     Part(
@@ -118,7 +118,7 @@ PARTS = (
         shows="What exits cost in memory, on each of four stages",
         short="train_memory.py --out {out}",
         full="train_memory.py --out {out}",
-        timeout_s={"short": 300, "full": 300},
+        timeout_s={"short": 900, "full": 900},
         rows=memory_rows,
     ),
     Part(
@@ -126,7 +126,7 @@ PARTS = (
         shows="Training steps against plain loops over other people's models",
         short="train_peers.py --rounds 5 --out {out}",
         full="train_peers.py --out {out}",
-        timeout_s={"short": 300, "full": 1800},
+        timeout_s={"short": 900, "full": 3600},
         rows=peer_rows,
         peers=("torchtitan",),
         runs_in="torchtitan",
@@ -136,7 +136,7 @@ PARTS = (
         shows="Microbatches in a pipeline's bubbles: what they cost in time",
         short="filled.py --rounds 3 --out {out}",
         full="filled.py --out {out}",
-        timeout_s={"short": 300, "full": 1200},
+        timeout_s={"short": 900, "full": 3600},
         rows=filled_rows,
     ),
     Part(
@@ -144,7 +144,7 @@ PARTS = (
         shows="The simulator against this machine",
         short="plan_accuracy.py --rounds 2 --out {out}",
         full="plan_accuracy.py --out {out}",
-        timeout_s={"short": 300, "full": 1800},
+        timeout_s={"short": 900, "full": 3600},
         rows=plan_rows,
     ),
     Part(

@@ -108,7 +108,7 @@ def losses(variants: Mapping[str, Any]) -> Figure | None:
     for axes, (name, curve) in zip(panels, others.items(), strict=False):
         axes.plot(*_series(plain, "final"), color=FAINT, linestyle="--", label="no exits")
         for colour, exit in zip(LINES, [key for key in curve[0] if key != "step"], strict=False):
-            axes.plot(*_series(curve, exit), color=colour, label=exit.replace("_", " "))
+            axes.plot(*_series(curve, exit), color=INK if exit == "final" else colour, label=exit.replace("_", " "))
         axes.set_title(name, fontsize=10)
         axes.legend(frameon=False, fontsize=7)
         axes.spines[["top", "right"]].set_visible(False)
