@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made
 
-.PHONY: quickstart test test-all coverage check docs bench english clean
+.PHONY: quickstart test test-all coverage check docs bench bench-full english clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,7 +14,8 @@ help:
 	@echo "make coverage     test-all, and which lines of eellm it runs"
 	@echo "make check        style, types, layers"
 	@echo "make docs         the documentation, into site/"
-	@echo "make bench        speed against transformers on this machine"
+	@echo "make bench        all benchmarks in their short form, against other programs (15 minutes; bench-out/report.md)"
+	@echo "make bench-full   the same in their long form (about six hours)"
 	@echo "make english      trains the English model of the docs (about two hours on two cores; goes on where it stopped)"
 
 # torch comes first and by its exact number, so that every environment computes with the same one
@@ -47,7 +48,10 @@ docs: $(STAMP)
 	$(BIN)/mkdocs build --strict
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/suite.py $(BENCH)
+
+bench-full: $(STAMP)
+	$(BIN)/python benchmarks/suite.py --full $(BENCH)
 
 english: $(STAMP)
 	$(BIN)/python examples/english_text.py

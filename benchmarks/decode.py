@@ -17,8 +17,8 @@ and judged on the other half (`decode_rules`).
 The limit is memory: the time of the fastest of several ways to read as many bytes as the weights have, in the same
 turns, on as many threads, against the time from the first new token to the last.
 
-Peers are pinned in requirements.txt and may live in an environment of their own, whose interpreter --peers names; one
-that can't be imported is reported as missing.
+Peers are pinned in requirements.txt and live in environments of their own (`peers.py` makes them); --peers names its
+peers.json, or one interpreter that has all of them. One that can't be imported is reported as missing.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from typing import Any
 from decode_rows import PROMPT_TOKENS, Decoders, Model, Row, rows_of_any, rows_with_exits
 from decode_rules import Rule
 from decode_turns import SIDES, MissingError, Turns, Work, take_turns
+from peers import MODULES, OUT, Peer, read_peers
 from rich.console import Console
 from rich.table import Table
 
@@ -55,7 +56,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("model", nargs="?", default=str(ROOT / "quickstart/SmolLM2-135M-Instruct"))
     parser.add_argument("--english", action="append", metavar="DIR", help="a model trained with exits (models/english)")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these; a name after ':' is that of all models")
-    parser.add_argument("--peers", default=sys.executable, metavar="PYTHON", help="interpreter that has the peers")
+    parser.add_argument("--peers", type=Path, default=OUT / "peers.json", metavar="PEERS.json|PYTHON")
     parser.add_argument("--gguf", default=str(ROOT / "quickstart/SmolLM2-135M-Instruct.Q4_1.gguf"))
     parser.add_argument("--text", type=Path, default=ROOT / "english/validation.jsonl", help="held out from training")
     parser.add_argument("--tokens", type=int, default=128)
@@ -67,9 +68,13 @@ def parse() -> argparse.Namespace:
 
 def chosen_rows(options: argparse.Namespace) -> list[Row]:
     """Those of the table that are asked for, of all models."""
+    if options.peers.suffix == ".json":
+        peers = read_peers(options.peers)
+    else:
+        peers = {name: Peer(name=name, python=str(options.peers)) for name in MODULES}
 
     def decoders(path: str) -> Decoders:
-        return Decoders(path=path, threads=options.threads, peers=options.peers)
+        return Decoders(path=path, threads=options.threads, peers=peers)
 
     rows = rows_of_any(Model(options.model, None), decoders(options.model), options.gguf)
     for path in options.english or [str(ROOT / "models/english")]:
@@ -117,7 +122,7 @@ def outcome(row: Row, turns: Turns, rules: list[Rule]) -> dict[str, Any]:
         "theirs_tokens_per_s": turns.theirs[0].rate,
         "ratio": turns.ratio,
         "ratio_range": [min(ratios), max(ratios)],
-        "met": turns.ratio >= row.goal and kept and exact,
+        "met": None if row.goal is None else turns.ratio >= row.goal and kept and exact,
         "same_tokens": same,
         "must_be_same": row.same_tokens,
         "rule": asdict(rules[0]) if rules else None,
@@ -159,10 +164,11 @@ def table(results: list[dict[str, Any]], options: argparse.Namespace) -> Table:
 
 
 def cells(result: dict[str, Any]) -> list[str]:
+    goal = "" if result["goal"] is None else f"{result['goal']:.2f}"
     for word in ("missing", "failed"):
         if word in result:
             why = result[word].strip().splitlines()[-1]
-            return ["", "", "", "", f"{result['goal']:.2f}", word, "", why]
+            return ["", "", "", "", goal, word, "", why]
     low, high = result["ratio_range"]
     before, after = (load[0] for load in result["load_average"])
     return [
@@ -170,8 +176,8 @@ def cells(result: dict[str, Any]) -> list[str]:
         f"{result['theirs_tokens_per_s']:.1f}",
         f"{result['ratio']:.2f}",
         f"{low:.2f}–{high:.2f}",
-        f"{result['goal']:.2f}",
-        "met" if result["met"] else "missed",
+        goal,
+        {True: "met", False: "missed", None: ""}[result["met"]],
         f"{before:.1f}, {after:.1f}",
         remarks(result),
     ]

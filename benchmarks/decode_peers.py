@@ -3,6 +3,7 @@
 transformers  `generate`, with no end-of-text token to look for.
 llama.cpp     the server of xllamacpp, called without HTTP, its prompt cache off. The wheel on PyPI uses AVX2 at most.
 economize     early-exit drafts by the model's own first layers, verified losslessly.
+ctranslate2   the model converted, in float32 or int8.
 
 transformers and economize read an inner layer through the final norm, which is what a model is given here that has no
 norms of its own for its exits. Models whose exits have them don't expect that; with `exit_norms` both get those norms,
@@ -10,6 +11,8 @@ which neither offers: transformers in place of the final one while it drafts, ec
 leaves every choice as it would be.
 """
 
+import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +47,7 @@ class Decoder(Protocol):
 
 
 class Transformers(Decoder):
-    """`exit` among the settings: assistant_early_exit."""
+    """`exit` among the settings: assistant_early_exit. `prompt_lookup`: as many tokens at most from the text so far."""
 
     def __init__(self, model: str, threads: int) -> None:
         import torch
@@ -65,6 +68,8 @@ class Transformers(Decoder):
             config.num_assistant_tokens = settings["num_drafts"]
             config.num_assistant_tokens_schedule = "constant"
             config.assistant_confidence_threshold = settings["confidence"]
+        if "prompt_lookup" in settings:
+            options["prompt_lookup_num_tokens"] = settings["prompt_lookup"]
         _norm_by_depth(self.model, self.norms if settings.get("exit_norms") else {})
 
         def generate(prompts: list[list[int]], num_tokens: int) -> Answer:
@@ -199,3 +204,43 @@ class LlamaCpp(Decoder):
             return Answer(tokens=[out["__verbose"]["tokens"]], decode_s=decode_s)
 
         return generate
+
+
+class CTranslate2(Decoder):
+    """compute_type: float32 or int8, which the weights are converted to."""
+
+    def __init__(self, model: str, threads: int, compute_type: str) -> None:
+        import ctranslate2
+        import transformers
+        from ctranslate2.converters import TransformersConverter
+
+        self.versions = {"ctranslate2": ctranslate2.__version__, "transformers": transformers.__version__}
+        with tempfile.TemporaryDirectory() as directory:
+            converted = Path(directory) / "model"
+            TransformersConverter(model).convert(str(converted), quantization=compute_type)
+            self.vocabulary: list[str] = json.loads((converted / "vocabulary.json").read_text(encoding="utf-8"))
+            _name_special_tokens(converted / "config.json", self.vocabulary[0])
+            self.generator = ctranslate2.Generator(
+                str(converted), device="cpu", compute_type=compute_type, inter_threads=1, intra_threads=threads
+            )
+
+    def prepare(self, settings: dict[str, Any], batch: int) -> Generate:
+        def generate(prompts: list[list[int]], num_tokens: int) -> Answer:
+            out = self.generator.generate_batch(
+                [[self.vocabulary[token] for token in prompt] for prompt in prompts],
+                beam_size=1,
+                sampling_topk=1,
+                max_length=num_tokens,
+                end_token=[],  # nothing ends the text
+                include_prompt_in_result=False,
+            )
+            return Answer(tokens=[result.sequences_ids[0] for result in out])
+
+        return generate
+
+
+def _name_special_tokens(file: Path, token: str) -> None:
+    """Where a tokenizer has no such token, the converter writes null, which the generator can't read. None is used."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config = {key: token if value is None and key.endswith("_token") else value for key, value in config.items()}
+    file.write_text(json.dumps(config), encoding="utf-8")

@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,12 +13,22 @@ from typing import Any
 
 from decode_rules import Bound, Study, spread
 from decode_turns import Measure, Side
+from peers import Peer
 
 import eellm
 
 PROMPT_TOKENS = 32
 UNTUNED_EXITS = (10, 20)
 SPECULATIVE = tuple({"method": "speculative", "threshold": tau} for tau in (0.8, 0.5, 0.3))
+ENVIRONMENTS = {
+    "transformers": "transformers",
+    "economize": "transformers",
+    "llama.cpp": "xllamacpp",
+    "ctranslate2": "ctranslate2",
+}
+"""Where each decoder lives (`peers.py`)."""
+LOOKUPS = tuple({"prompt_lookup": num} for num in (3, 10))
+"""Ways in which transformers may look up what followed the same words before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +40,8 @@ class Row:
     """Whose text the prompts are from."""
     ours: Side
     theirs: Side
-    goal: float
-    """The least ratio wanted."""
+    goal: float | None = None
+    """The least ratio wanted, where one is."""
     batch: int = 1
     groups: int = 1
     """Batches in a turn, one after the other."""
@@ -53,7 +63,7 @@ class Model:
     def missing(self) -> str | None:
         """What isn't there, if anything."""
         if not Path(self.path).is_dir():
-            return f"{self.path}: no such directory"
+            return f"{self.path}: no such directory (`make quickstart` makes SmolLM2's)"
         if self.text is not None and not self.text.is_file():
             return f"{self.text}: no such file; `make english` fetches it"
         return None
@@ -88,15 +98,20 @@ class Decoders:
 
     path: str
     threads: int
-    peers: str
+    peers: Mapping[str, Peer]
+    """Environments by name."""
 
     def ours(self, *ways: dict[str, Any], threads: int | None = None, **options: Any) -> Side:
         loaded = {"model": self.path, "threads": threads or self.threads} | options
         return Side(decoder="eellm", options=loaded, ways=ways or ({"method": "full"},))
 
-    def peer(self, decoder: str, *ways: dict[str, Any], model: str | None = None) -> Side:
-        options = {"model": model or self.path, "threads": self.threads}
-        return Side(decoder=decoder, python=self.peers, options=options, ways=ways or ({},))
+    def peer(self, decoder: str, *ways: dict[str, Any], model: str | None = None, **options: Any) -> Side:
+        loaded = {"model": model or self.path, "threads": self.threads} | options
+        peer = self.peers.get(ENVIRONMENTS[decoder]) or Peer(
+            name=decoder, missing="`python benchmarks/peers.py` makes its place"
+        )
+        python, missing = peer.python or "", peer.missing
+        return Side(decoder=decoder, python=python, missing=missing, options=loaded, ways=ways or ({},))
 
     def memory(self) -> Side:
         return Side(decoder="memory", options={"model": self.path, "threads": self.threads})
@@ -117,6 +132,8 @@ def rows_of_any(model: Model, make: Decoders, gguf: str) -> list[Row]:
         Row(name="int8", model=model, ours=int8, theirs=transformers, goal=2.7),
         Row(name="int4", model=model, ours=int4, theirs=transformers, goal=3.2),
         Row(name="llama.cpp", model=model, ours=int4, theirs=make.peer("llama.cpp", model=gguf), goal=1.0),
+        Row(name="ctranslate2", model=model, ours=full, theirs=make.peer("ctranslate2", compute_type="float32")),
+        Row(name="ctranslate2-int8", model=model, ours=int8, theirs=make.peer("ctranslate2", compute_type="int8")),
         Row(name="auto-untuned", model=model, ours=auto, theirs=singles, goal=0.97, same_tokens=True),
     ]
 
@@ -137,7 +154,7 @@ def rows_with_exits(model: Model, make: Decoders) -> list[Row]:
         row("early-bits", early, full, 1.3, bound="bits"),
         row("speculative", speculative, full, 1.3, same_tokens=True),
         row("pipelined", pipelined, make.ours(threads=1), 1.6, bound="agreement"),
-        row("transformers", speculative, make.peer("transformers", *drafts), 1.5, same_tokens=True),
+        row("transformers", speculative, make.peer("transformers", *drafts, *LOOKUPS), 1.5, same_tokens=True),
         row("economize", speculative, make.peer("economize", *drafts), 1.5, same_tokens=True),
         row("auto", auto, singles, 0.97, same_tokens=True),
     ]

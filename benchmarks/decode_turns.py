@@ -44,6 +44,8 @@ class Side:
     """What it is loaded with; `model` and `threads` are among them."""
     ways: tuple[dict[str, Any], ...] = ({},)
     """Settings of its generation."""
+    missing: str | None = None
+    """Why there is no such interpreter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +176,9 @@ def take_turns(ours: Side, theirs: Side, rounds: Sequence[Sequence[Sequence[int]
     Every round has prompts of its own: a decoder that keeps what it has seen has seen none of them. Raises
     MissingError, and RuntimeError for what went wrong in a process.
     """
+    for side in (ours, theirs):
+        if side.missing is not None:
+            raise MissingError(f"{side.decoder}: {side.missing}")
     load = os.getloadavg()
     with working(ours) as a, working(theirs) as b:
         versions = a.load() | b.load()

@@ -20,7 +20,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from decode_peers import Answer, Decoder, Economize, Generate, LlamaCpp, Transformers
+from decode_peers import Answer, CTranslate2, Decoder, Economize, Generate, LlamaCpp, Transformers
 
 
 class Eellm(Decoder):
@@ -127,6 +127,7 @@ DECODERS: dict[str, Callable[..., Decoder]] = {
     "transformers": Transformers,
     "llama.cpp": LlamaCpp,
     "economize": Economize,
+    "ctranslate2": CTranslate2,
     "memory": Memory,
 }
 

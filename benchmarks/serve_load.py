@@ -11,7 +11,7 @@ Then, at 8 clients, the server takes turns with its bare engine: what it costs (
 that out; `--clients` without numbers leaves out all else.
 
 --transformers names an interpreter that has transformers with its extra `serving`, --vllm one that has vLLM
-(requirements-vllm.txt). Their servers then get the same load on the same prompts; their answers aren't checked. One
+(`peers.py` makes both). Their servers then get the same load on the same prompts; their answers aren't checked. One
 that can't be started is reported as missing, with the reason. They get the model without its exits: vLLM takes every
 `*.safetensors` of a directory for the model's own.
 """
@@ -117,6 +117,8 @@ def peers(options: argparse.Namespace, base: str) -> Iterator[Peer]:
         yield Peer(name="transformers serve, batching", model=base, command=[*serve, "--continuous-batching"])
     if options.vllm:
         serve = [options.vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", base, "--port", "{port}"]
+        # on a CPU that is a share of the whole memory, 0.92 if unset, which is seldom free
+        serve += ["--gpu-memory-utilization", "0.25"]
         yield Peer(name="vLLM", model=base, command=[*serve, "--dtype", "float32", "--max-num-seqs", "32"])
 
 

@@ -148,7 +148,7 @@ def _run_head(trainer: Trainer) -> None:
     (module,) = trainer.placed.modules
     decoder = module.model.decoder
     x_BTD = torch.randn(ROWS, SEQ_LEN, HIDDEN_SIZE, requires_grad=True)
-    rows = decoder.rows(0, SEQ_LEN)
+    rows = decoder.rows(SEQ_LEN)
     labels_N = torch.randint(VOCAB_SIZE, (ROWS * SEQ_LEN,))
     chunk_size = trainer.config.objective.chunk_size
     objective = CrossEntropy(labels_N)

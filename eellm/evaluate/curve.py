@@ -8,9 +8,10 @@ two; what is reported is the median over the prompts, with the range.
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from statistics import mean, median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from eellm.errors import ConfigError
 from eellm.evaluate.perplexity import finite, num_text_tokens
 from eellm.exits.lm import EarlyExitLM
 from eellm.exits.metrics import ExitTable, PolicyPoint
-from eellm.infer.engine import stream
+from eellm.infer.engine import Engine, stream
 from eellm.infer.request import make_request
 from eellm.infer.result import Stats
 from eellm.log import log
@@ -34,6 +35,10 @@ class CurveConfig:
     """What is measured. A threshold costs two runs a prompt."""
 
     thresholds: tuple[float, ...] = THRESHOLDS
+    method: Literal["early", "pipelined"] = "early"
+    """What generates; full depth is always this process alone."""
+    workers: int = 1
+    """Processes that `pipelined` spreads the layers over, this one among them."""
     policy: PolicyName = "max_prob"
     exits: tuple[int, ...] | None = None
     """Layers of the exits in use; None: all."""
@@ -45,11 +50,15 @@ class CurveConfig:
     def __post_init__(self) -> None:
         if self.num_prompts < 1 or self.prompt_tokens < 1 or self.new_tokens < 2:
             raise ConfigError("the curve needs a prompt of a token or more, and 2 new tokens to tell their rate")
+        if (self.method == "pipelined") != (self.workers > 1):
+            raise ConfigError(
+                f"method = {self.method!r}, workers = {self.workers}: 'pipelined' needs two or more, 'early' is one"
+            )
 
-    def options(self, threshold: float, method: Method = "early") -> GenerateConfig:
-        """One run's."""
+    def options(self, threshold: float, method: Method | None = None) -> GenerateConfig:
+        """One run's. method: unset, the curve's."""
         return GenerateConfig(
-            method=method,
+            method=method or self.method,
             threshold=threshold,
             policy=self.policy,
             exits=self.exits,
@@ -93,6 +102,8 @@ class Curve:
     def as_json(self) -> dict[str, Any]:
         """Plain data, as JSON can hold it: what the plot and the report read."""
         return {
+            "method": self.config.method,
+            "workers": self.config.workers,
             "policy": self.config.policy,
             "exits": None if self.config.exits is None else list(self.config.exits),
             "max_deferred": self.config.max_deferred,
@@ -132,7 +143,9 @@ def measure_curve(model: EarlyExitLM, rows: Rows, table: ExitTable, config: Curv
     room = model.config.max_seq_len - config.new_tokens
     prompts = cut_prompts(rows, num_prompts=config.num_prompts, prompt_tokens=min(config.prompt_tokens, room))
     load_before = os.getloadavg()
-    full, early = _run_interleaved(model, prompts, [config.options(tau) for tau in thresholds], config)
+    options = [config.options(tau) for tau in thresholds]
+    with _pipeline(model, config) as engine:
+        full, early = _run_interleaved(model, prompts, options, config, engine)
     points = []
     for number, threshold in enumerate(thresholds):
         quality = table.at_threshold(threshold, config.policy, config.exits)
@@ -170,10 +183,25 @@ class _Sample:
     stats: Stats
 
 
+@contextmanager
+def _pipeline(model: EarlyExitLM, config: CurveConfig) -> Iterator[Engine | None]:
+    """The engine with workers, where the curve's method has them."""
+    if config.workers == 1:
+        yield None
+        return
+    with Engine(model, max_batch=1, max_tokens=model.config.max_seq_len, workers=config.workers) as engine:
+        _run(model, [0], config.options(1.0), engine)  # the first run of a process is slower
+        yield engine
+
+
 def _run_interleaved(
-    model: EarlyExitLM, prompts: list[list[int]], options: Sequence[GenerateConfig], config: CurveConfig
+    model: EarlyExitLM,
+    prompts: list[list[int]],
+    options: Sequence[GenerateConfig],
+    config: CurveConfig,
+    engine: Engine | None,
 ) -> tuple[list[list[_Sample]], list[list[_Sample]]]:
-    """Per prompt, the full-depth runs and between them one run for each of `options`."""
+    """Per prompt, the full-depth runs and between them one run for each of `options`, by `engine` if there is one."""
     full_depth = config.options(1.0, method="full")
     _run(model, prompts[0], full_depth)  # the first run of a process is slower
     full, early = [], []
@@ -182,13 +210,14 @@ def _run_interleaved(
         full.append([_run(model, prompt, full_depth)])
         early.append([])
         for option in options:
-            early[-1].append(_run(model, prompt, option))
+            early[-1].append(_run(model, prompt, option, engine))
             full[-1].append(_run(model, prompt, full_depth))
     return full, early
 
 
-def _run(model: EarlyExitLM, prompt: list[int], options: GenerateConfig) -> _Sample:
-    run = stream(model, prompt, options)
+def _run(model: EarlyExitLM, prompt: list[int], options: GenerateConfig, engine: Engine | None = None) -> _Sample:
+    """engine: unset, one of its own."""
+    run = stream(model, prompt, options) if engine is None else engine.submit(prompt, options)
     return _Sample([token.id for token in run], run.stats())
 
 

@@ -12,12 +12,17 @@ import sys
 import textwrap
 import time
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import eellm
+from eellm.data.documents import Document
+from eellm.data.packing import pack
 from eellm.errors import ConfigError, WorkerError
+from eellm.evaluate.curve import CurveConfig, measure_curve
+from eellm.evaluate.perplexity import evaluate
 from eellm.infer.pipelined.start import stages_of
 from tests.engines import REQUESTS, ROOT, assert_same, check_mix, is_running, run_python, wait_until_ended
 from tests.models import EXITS, needs_compiler, tiny_config, tiny_model
@@ -54,6 +59,20 @@ def test_pipelined_gives_the_tokens_exits_and_log_probabilities_of_early(engine,
     assert len(taken) > 2, "the test means nothing unless tokens leave at several exits"
     for out, expected in zip(engine.generate(PROMPTS, method="pipelined", **options), reference, strict=True):
         assert_same(out, expected)
+
+
+def test_a_curve_of_the_pipeline_stops_where_one_of_early_does():
+    tokens = np.random.default_rng(0).integers(29, size=150).astype(np.int32)
+    rows = pack([Document(tokens=tokens, is_target=np.ones(150, bool))], 32)
+    table = evaluate(MODEL, rows).table
+    sizes = {"thresholds": (1.0, 0.5, 0.2), "num_prompts": 2, "prompt_tokens": 8, "new_tokens": 6}
+    early = measure_curve(MODEL, rows, table, CurveConfig(**sizes))
+    pipelined = measure_curve(MODEL, rows, table, CurveConfig(method="pipelined", workers=2, **sizes))
+    assert (early.as_json()["method"], pipelined.as_json()["method"]) == ("early", "pipelined")
+    for (quality, one), (same_quality, other) in zip(early.points, pipelined.points, strict=True):
+        assert quality == same_quality
+        assert (other.mean_exit_layer, other.same_prefix) == (one.mean_exit_layer, one.same_prefix)
+    assert early.points[-1][1].mean_exit_layer < early.points[0][1].mean_exit_layer
 
 
 @pytest.mark.parametrize("policy", ["max_prob", "gate"])

@@ -116,7 +116,7 @@ def test_every_early_run_stands_between_two_full_ones_and_is_compared_with_those
     order = []
     rates = iter([100, 10, 99, 12, 5, 8, 30, 10, 10, 10, 10])  # the first is thrown away: the process warms up
 
-    def run(model, prompt, options):
+    def run(model, prompt, options, engine=None):
         order.append("full" if options.method == "full" else options.threshold)
         stats = eellm.generate(model, [prompt], max_new_tokens=2)[0].stats
         return curve_module._Sample([1, 2], type(stats)(**(vars(stats) | {"tokens_per_s": next(rates)})))
@@ -203,3 +203,6 @@ def test_what_a_model_can_not_do_is_refused_before_any_run(monkeypatch):
         curve_of(tiny_model(), CurveConfig(new_tokens=128))
     with pytest.raises(ConfigError, match="2 new tokens"):
         CurveConfig(new_tokens=1)
+    for wrong in ({"method": "pipelined"}, {"workers": 2}):
+        with pytest.raises(ConfigError, match="'pipelined' needs two or more"):
+            CurveConfig(**wrong)
