@@ -42,7 +42,7 @@ T = TypeVar("T")
 NUM_RUNS = 7
 MIN_OVERHEAD_S = 1e-6
 CONTEXT = 64
-FORMAT = 2
+FORMAT = 3
 """Goes up where times that were kept say something else than new ones."""
 
 
@@ -56,7 +56,7 @@ def measure(network: Network) -> StepCosts:
     memory.reserve(1, context + counts[-1])
     quickest = {n: _quickest(network, memory, context, n) for n in counts}
     if network.device.type == "cpu":
-        quickest[1] |= _quickest_walk(network, memory, context)
+        quickest = {n: parts | _quickest_walk(network, memory, context, n) for n, parts in quickest.items()}
 
     def curve(part: str, layer: int) -> Curve:
         return Curve(counts, tuple(quickest[n][part, layer] for n in counts))
@@ -91,12 +91,14 @@ def _quickest(network: Network, memory: Memory, context: int, num_rows: int) -> 
     return times.best()
 
 
-def _quickest_walk(network: Network, memory: Memory, context: int) -> dict[tuple[str, int], float]:
-    """Each part's best time where a row goes from stop to stop in one call."""
+def _quickest_walk(network: Network, memory: Memory, context: int, num_rows: int) -> dict[tuple[str, int], float]:
+    """Each part's best time where one sequence's rows go from stop to stop in one call."""
     stops, times = (*network.config.exit_layers, network.config.num_layers), _Times(network.device)
-    legs = [Leg(last=stop, start=0, num_asked=int(stop not in network.own_layer), threshold=math.inf) for stop in stops]
+    asked = {stop: 0 if stop in network.own_layer else num_rows for stop in stops}
+    legs = [Leg(last=stop, start=0, num_asked=num, threshold=math.inf) for stop, num in asked.items()]
+    tokens, span = [i % network.config.vocab_size for i in range(num_rows)], Span(0, context, num_rows)
     for _ in range(NUM_RUNS + 1):
-        _, gone = network.walk(network.embed([1]), 0, legs, Span(0, context, 1), memory, "max_prob")
+        _, gone = network.walk(network.embed(tokens), 0, legs, span, memory, "max_prob")
         for stop, leg in zip(stops, gone, strict=True):
             times.add(("segment", stop), leg.layers_s)
             if leg.heard is not None:
