@@ -109,7 +109,8 @@ def test_200_clients_that_leave_mid_stream_disturb_nobody_and_leave_nothing(serv
     eventually(server.is_idle)
     assert server.engine.stats().num_free_slots == 4
     assert server.engine.stats().memory_bytes == memory_bytes
-    assert our_objects() - things == Counter()
+    rules = Counter(SplitRule=len(server.engine.loop.stops))  # the scheduler makes one a stop, when it first asks
+    assert our_objects() - things - rules == Counter()
 
 
 def our_objects() -> Counter:
