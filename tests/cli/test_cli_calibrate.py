@@ -8,7 +8,6 @@ import torch
 
 import eellm
 from eellm.cli import calibrate, generate
-from eellm.cli.main import main
 from tests.directories import content
 from tests.models import agreeing_model
 from tests.worlds import tiny_tokenizer
@@ -33,16 +32,10 @@ def text(tmp_path):
 
 
 @pytest.fixture
-def run(capfd, monkeypatch, tmp_path):
+def run(command, monkeypatch, tmp_path):
     for module in (calibrate, generate):
         monkeypatch.setattr(module, "CACHE_DIR", tmp_path / "cache")
-
-    def call(*args):
-        code = main([str(arg) for arg in args])
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return call
+    return command
 
 
 def test_a_certificate_is_made_told_stored_and_used(directory, text, run):

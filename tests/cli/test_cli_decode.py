@@ -6,7 +6,6 @@ import pytest
 
 import eellm
 from eellm.cli import bench, generate
-from eellm.cli.main import main
 from tests.models import tiny_model
 from tests.worlds import tiny_tokenizer
 
@@ -22,16 +21,10 @@ def directory(tmp_path_factory):
 
 
 @pytest.fixture
-def run(capfd, monkeypatch, tmp_path):
+def run(command, monkeypatch, tmp_path):
     for module in (bench, generate):
         monkeypatch.setattr(module, "CACHE_DIR", tmp_path / "cache")
-
-    def call(*args):
-        code = main([str(arg) for arg in args])
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return call
+    return command
 
 
 def test_lossless_methods_write_full_depth_s_tokens_and_keep_what_was_measured(directory, run, tmp_path):

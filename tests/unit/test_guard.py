@@ -50,19 +50,25 @@ WEIGHTS = st.lists(st.integers(0, 10), min_size=4, max_size=4).filter(any)
 HEADS = st.lists(st.floats(0.1, 4.0), min_size=4, max_size=4)
 
 
-@settings(max_examples=40, deadline=None)
-@given(weights=WEIGHTS, heads=HEADS, batch_size=st.integers(1, 3), max_deferred=st.integers(1, 6))
-def test_the_exits_in_use_are_the_fastest_of_all_subsets(weights, heads, batch_size, max_deferred):
+def planned(weights, heads, batch_size, max_deferred, **options):
+    """The planner's costs, where tokens leave, and what `early_pays` makes of both."""
     shares = {layer: weight / sum(weights) for layer, weight in zip(STOPS, weights, strict=True)}
     exit_s, final_s = dict(zip(STOPS[:-1], heads[:-1], strict=True)), heads[-1]
-    planner = planner_costs(exit_s, final_s)
     plan = early_pays(
         ExitDistribution(shares=shares),
         costs_of(exit_s, final_s),
         batch_size=batch_size,
         max_deferred=max_deferred,
         margin=0.0,
+        **options,
     )
+    return planner_costs(exit_s, final_s), shares, plan
+
+
+@settings(max_examples=40, deadline=None)
+@given(weights=WEIGHTS, heads=HEADS, batch_size=st.integers(1, 3), max_deferred=st.integers(1, 6))
+def test_the_exits_in_use_are_the_fastest_of_all_subsets(weights, heads, batch_size, max_deferred):
+    planner, shares, plan = planned(weights, heads, batch_size, max_deferred)
     subsets = [used for num in range(1, 4) for used in itertools.combinations(STOPS[:-1], num)]
     step_s = {
         used: recomputation_step_s(planner, falling_to_the_next(shares, used), batch_size, max_deferred)
@@ -87,17 +93,7 @@ def test_exits_that_gain_less_than_the_margin_are_not_used():
 @settings(max_examples=40, deadline=None)
 @given(weights=WEIGHTS, heads=HEADS, batch_size=st.integers(1, 3), max_deferred=st.integers(1, 6))
 def test_exits_that_have_one_certificate_are_all_in_use_or_none(weights, heads, batch_size, max_deferred):
-    shares = {layer: weight / sum(weights) for layer, weight in zip(STOPS, weights, strict=True)}
-    exit_s, final_s = dict(zip(STOPS[:-1], heads[:-1], strict=True)), heads[-1]
-    planner = planner_costs(exit_s, final_s)
-    plan = early_pays(
-        ExitDistribution(shares=shares),
-        costs_of(exit_s, final_s),
-        batch_size=batch_size,
-        max_deferred=max_deferred,
-        margin=0.0,
-        whole=True,
-    )
+    planner, shares, plan = planned(weights, heads, batch_size, max_deferred, whole=True)
     all_s = recomputation_step_s(planner, ExitDistribution(shares=shares), batch_size, max_deferred)
     full_s = full_step_s(planner, batch_size)
     assert plan.seconds_per_token * batch_size == pytest.approx(min(all_s, full_s), rel=1e-6)
