@@ -22,6 +22,7 @@ from suite_training import (
     overhead_rows,
     peer_rows,
     plan_rows,
+    quality_rows,
     table_rows,
 )
 
@@ -54,6 +55,7 @@ class Part:
         return self.short if length == "short" else self.full
 
 
+SMOLLM2 = "quickstart/SmolLM2-135M-Instruct"
 HELD_OUT = {"english/validation.jsonl": "`python examples/english_text.py` fetches it"}
 SMOL_ROWS = "fp32 fp32-batch-8 fp32-limit int8 int4 llama.cpp ctranslate2 ctranslate2-int8 auto-untuned"
 EXIT_ROWS = "early-agreement early-bits speculative pipelined transformers economize auto"
@@ -86,6 +88,31 @@ PARTS = (
         timeout_s={"short": 900, "full": 3600},
         rows=curve_rows,
         needs=HELD_OUT,
+    ),
+    Part(
+        name="quality-english",
+        shows="What leaving early costs the English model in quality, with intervals, and gives in speed",
+        short="quality.py models/english --text english/validation.jsonl --seq-len 512 --max-tokens 8000 "
+        "--num-prompts 2 --out {out}",
+        full="quality.py models/english --text english/validation.jsonl --seq-len 512 --max-tokens 80000 "
+        "--num-prompts 8 --out {out}",
+        timeout_s={"short": 600, "full": 3600},
+        rows=quality_rows,
+        needs=HELD_OUT,
+    ),
+    Part(
+        name="quality-smollm2",
+        shows="The same for SmolLM2-135M with the tuned exits, with SQuAD's and XSum's questions",
+        short=None,
+        full=f"quality.py {SMOLLM2} --adapter adapters/SmolLM2-135M-Instruct --text english/validation.jsonl "
+        "--policy gate --tasks eellm_squad,eellm_xsum --chat --out {out}",
+        timeout_s={"short": 0, "full": 2 * 3600},
+        rows=quality_rows,
+        needs=HELD_OUT
+        | {
+            SMOLLM2: "`make quickstart` fetches it",
+            "evaluation/squad.jsonl": "`python examples/eval_data.py` fetches it",
+        },
     ),
     Part(
         name="serve",

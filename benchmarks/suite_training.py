@@ -218,3 +218,24 @@ def english_rows(data: Any, peers: Peers) -> list[Row]:
             versions=data["versions"],
         )
     ]
+
+
+def quality_rows(data: Any, peers: Peers) -> list[Row]:
+    """Of `quality.py`: the fastest threshold without a measurable loss, and what that was judged by."""
+    best, name = data["no_loss"], data["model"].rstrip("/").split("/")[-1]
+    fields: dict[str, Any] = {"load": load_of(data), "versions": data["versions"], "unit": "tokens/s"}
+    title, theirs = f"quality: {name}, speed-up at no measurable loss", data["full_tokens_per_s"]
+    if best is None:
+        words = "1, at full depth: every threshold has a measurable loss"
+        return [Row(name=title, status="measured", ours=theirs, theirs=theirs, ratio=1.0, remarks=words, **fields)]
+    changes = [_change(measure) for measure in best["measures"]]
+    words = f"{data['policy']}, τ {best['threshold']:g}, {best['early']:.0%} leave early; " + "; ".join(changes)
+    low, high = best["speedup_range"]
+    ours, ratio = theirs * best["speedup"], best["speedup"]
+    more = {"ratio": ratio, "ratio_range": (low, high), "remarks": words}
+    return [Row(name=title, status="measured", ours=ours, theirs=theirs, **more, **fields)]
+
+
+def _change(measure: Mapping[str, Any]) -> str:
+    low, high = measure["change_interval"]
+    return f"{measure['measure']} {measure['value']:.3g}, {measure['change']:+.2g} ({low:+.2g} to {high:+.2g})"

@@ -23,6 +23,7 @@ with importable(BENCHMARKS):
     import decode_turns
     import english_pair
     import peers
+    import quality
     import suite_parts
     import suite_plots
     import suite_report
@@ -34,6 +35,7 @@ MODULES = (
     decode_turns,
     english_pair,
     peers,
+    quality,
     suite_parts,
     suite_plots,
     suite_report,

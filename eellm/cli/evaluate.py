@@ -17,7 +17,7 @@ from eellm.errors import ConfigError
 from eellm.evaluate.curve import Curve, CurveConfig, check_curve, cut_prompts, measure_curve
 from eellm.evaluate.perplexity import Evaluation, evaluate, text_rows
 from eellm.evaluate.plot import save_plot
-from eellm.evaluate.report import write_report
+from eellm.evaluate.report import Chapter, write_report
 from eellm.evaluate.tables import CURVE_LEGEND, curve_cells, evaluation_cells
 from eellm.exits.lm import EarlyExitLM
 from eellm.infer.engine import generate
@@ -107,8 +107,7 @@ def _write(
             save_plot(curve.as_json(), directory / "curve.svg")
         except ConfigError as error:
             log.warning(f"no curve.svg: {error}")
-    write_report(
-        directory / "report.html",
+    chapter = Chapter(
         title=f"Early exits of {Path(options.model).resolve().name}",
         notes=_notes(options, rows.tokens_NT.shape[1], evaluation, curve),
         generations=_samples(options, model, rows),
@@ -116,6 +115,7 @@ def _write(
         curve=None if curve is None else curve.as_json(),
         num_layers=model.config.num_layers,
     )
+    write_report(directory / "report.html", chapter)
 
 
 def _samples(options: Options, model: EarlyExitLM, rows: Rows) -> list[tuple[str, str, Generation]]:

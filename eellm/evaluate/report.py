@@ -1,11 +1,12 @@
 """One self-contained page: each token in the colour of the exit it left at, what that saved, tables and the curve.
 
-In: generations, and an evaluation and a curve in their JSON forms, fresh or read back. Out: an HTML file that asks the
-network for nothing. What comes from models and users is escaped.
+In: chapters, one for a model: generations, and an evaluation and a curve in their JSON forms, fresh or read back. Out:
+an HTML file that asks the network for nothing. What comes from models and users is escaped.
 """
 
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,33 +25,31 @@ from eellm.infer.result import Generation, Stats
 from eellm.log import log
 
 
-def write_report(
-    path: Path,
-    *,
-    title: str,
-    notes: Sequence[str],
-    generations: Sequence[tuple[str, str, Generation]],
-    table: Mapping[str, Any],
-    curve: Mapping[str, Any] | None = None,
-    num_layers: int,
-) -> None:
-    """Writes the page, whole or not at all.
+@dataclass(frozen=True, kw_only=True)
+class Chapter:
+    """What the page says of one model."""
 
-    notes: paragraphs of plain text. generations: (label, prompt, what came of it). table: `Evaluation.as_json()`.
-    curve: `Curve.as_json()`; without matplotlib its picture is left out, with a warning in the log.
-    """
+    title: str
+    notes: Sequence[str]
+    """Paragraphs of plain text."""
+    generations: Sequence[tuple[str, str, Generation]]
+    """(label, prompt, what came of it)."""
+    table: Mapping[str, Any]
+    """`Evaluation.as_json()`."""
+    curve: Mapping[str, Any] | None = None
+    """`Curve.as_json()`; without matplotlib its picture is left out, with a warning in the log."""
+    num_layers: int
+
+
+def write_report(path: Path, *chapters: Chapter) -> None:
+    """Writes the page, whole or not at all. Its title is the first chapter's."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(files("eellm.evaluate").joinpath("report.html.jinja").read_text("utf-8"))
     text = template.render(
-        title=title,
-        notes=notes,
-        sections=[_section(label, prompt, out, num_layers) for label, prompt, out in generations],
-        evaluation=evaluation_cells(table),
-        curve=None if curve is None else curve_cells(curve),
+        chapters=[_chapter(chapter, number) for number, chapter in enumerate(chapters, start=1)],
         curve_legend=CURVE_LEGEND,
-        picture=None if curve is None else _picture(curve),
     )
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
@@ -58,6 +57,19 @@ def write_report(
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _chapter(chapter: Chapter, number: int) -> dict[str, Any]:
+    """What the template shows of it."""
+    curve = chapter.curve
+    return {
+        "title": chapter.title,
+        "notes": chapter.notes,
+        "sections": [_section(label, prompt, out, chapter.num_layers) for label, prompt, out in chapter.generations],
+        "evaluation": evaluation_cells(chapter.table),
+        "curve": None if curve is None else curve_cells(curve),
+        "picture": None if curve is None else _picture(curve, number),
+    }
 
 
 @dataclass(frozen=True)
@@ -131,9 +143,11 @@ def _stats(stats: Stats) -> str:
     )
 
 
-def _picture(curve: Mapping[str, Any]) -> Markup | None:
+def _picture(curve: Mapping[str, Any], number: int) -> Markup | None:
+    """number: the chapter's, which keeps the names within its picture apart from those in others."""
     try:
-        return Markup(inline_svg(curve))  # numbers and our own words, escaped by matplotlib
+        svg = inline_svg(curve)  # numbers and our own words, escaped by matplotlib
     except ConfigError as error:
         log.warning(f"the report has no picture: {error}")
         return None
+    return Markup(re.sub(r'( id="|url\(#|href="#)', rf"\g<1>chapter-{number}-", svg))

@@ -1,15 +1,22 @@
 """The benchmark suite's report: from results to rows, tables and pictures."""
 
 import json
+import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 
+from eellm.data.packing import Rows
+from eellm.exits.loss import IGNORE
+from eellm.exits.metrics import ExitRows, ExitTable
 from tests.bench_suite import (
     DECODED,
     PEERS,
     outcome,
     part,
+    quality,
     suite_plots,
     suite_report,
     suite_rows,
@@ -129,6 +136,51 @@ def test_exits_rows_compare_the_final_loss_with_the_run_without_exits():
     assert (one.status, one.goal) == ("measured", None)
     assert tuned_exit.ratio == pytest.approx(2.2 / 2.1)
     assert "tuning leaves it as it was" in tuned_final.remarks
+
+
+def measured_quality(**no_loss):
+    full = [{"measure": "perplexity", "units": 9, "value": 30.0, "interval": (28.0, 32.0)}]
+    data = {"model": "models/english/", "policy": "max_prob", "full_depth": full, "full_tokens_per_s": 50.0}
+    data |= {"no_loss": no_loss or None, "versions": {"torch": "2.13"}, "load_average": [[1.0], [2.0]]}
+    return data
+
+
+def test_the_row_of_quality_is_the_fastest_threshold_without_a_loss_or_full_depth():
+    change = {"measure": "perplexity", "value": 30.1, "change": 0.1, "change_interval": (-0.05, 0.25)}
+    point = {"threshold": 0.9, "early": 0.25, "speedup": 1.2, "speedup_range": (1.1, 1.3), "measures": [change]}
+    (row,) = suite_training.quality_rows(measured_quality(**point), PEERS)
+    assert (row.name, row.ratio, row.ours) == ("quality: english, speed-up at no measurable loss", 1.2, 60.0)
+    assert row.remarks == "max_prob, τ 0.9, 25% leave early; perplexity 30.1, +0.1 (-0.05 to +0.25)"
+    (row,) = suite_training.quality_rows(measured_quality(), PEERS)
+    assert (row.ratio, row.ours) == (1.0, 50.0)
+
+
+def test_a_loss_is_measurable_where_the_whole_interval_is_on_the_worse_side():
+    judged = [
+        quality.is_worse({"measure": name, "change_interval": interval})
+        for name in ("perplexity", "eellm_squad f1")
+        for interval in ((0.1, 0.2), (-0.1, 0.2), (-0.2, -0.1))
+    ]
+    assert judged == [True, False, False, False, False, True]
+
+
+def test_perplexity_of_a_policy_is_that_of_the_rows_at_their_exits_with_its_change_to_full_depth():
+    labels = np.array([[1, 2, 3, 4], [1, 2, IGNORE, IGNORE]])
+    early, final = torch.tensor([2.0, 2.0, 3.0, 3.0, 1.0, 2.0]), torch.tensor([1.0, 2.0, 2.0, 3.0, 1.0, 2.0])
+    zeros, scores = torch.zeros(6, dtype=torch.long), torch.tensor([0.9, 0.1, 0.9, 0.1, 0.1, 0.1])
+    exits = {
+        layer: ExitRows(nll_N=nll, choice_N=zeros, scores={"max_prob": score})
+        for layer, nll, score in ((2, early, scores), (4, final, torch.ones(6)))
+    }
+    rows = Rows(tokens_NT=labels, labels_NT=labels, positions_NT=labels, documents_NT=labels)
+    found = quality.perplexities(rows, ExitTable(zeros, exits), [0.5, 0.95], "max_prob")
+    (full,), (half,), (none,) = (found[name] for name in ("full depth", "max_prob 0.5", "max_prob 0.95"))
+    assert full["units"] == 2
+    assert full["value"] == pytest.approx(math.exp(11 / 6))
+    assert half["value"] == pytest.approx(math.exp(13 / 6)), "rows 0 and 2 leave early, each with one nat more"
+    assert half["change"] == pytest.approx(math.exp(13 / 6) - math.exp(11 / 6))
+    assert half["change_interval"][0] == 0, "one of the two stretches has no early row"
+    assert none["change_interval"] == (0.0, 0.0)
 
 
 def test_pictures_are_drawn_of_what_there_is(tmp_path):

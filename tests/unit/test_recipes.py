@@ -44,6 +44,7 @@ def test_the_recipes_are_these():
     expected = {
         "quickstart",
         "smollm2-exits",
+        "smollm2-full",
         "tutorial",
         "debug",
         "english",

@@ -8,7 +8,7 @@ import pytest
 
 from eellm.errors import ConfigError
 from eellm.evaluate.plot import inline_svg, save_plot
-from eellm.evaluate.report import write_report
+from eellm.evaluate.report import Chapter, write_report
 from eellm.evaluate.tables import CURVE_LEGEND
 from eellm.exits.palette import PALETTE, colour
 from eellm.infer.result import Generation, Stats
@@ -112,7 +112,7 @@ def page(tmp_path, **changes):
         "curve": curve(),
         "num_layers": 6,
     }
-    write_report(tmp_path / "report.html", **(options | changes))
+    write_report(tmp_path / "report.html", Chapter(**(options | changes)))
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
     return html, Page(html)
@@ -167,6 +167,21 @@ def test_hostile_text_stays_text(tmp_path):
     assert not {"script", "b"} & {tag for tag, _ in parsed.tags}
     assert not any("onfocus" in attributes for _, attributes in parsed.tags)
     assert parsed.text.count(HOSTILE) == 6, "twice the title; note, label, prompt, token"
+
+
+def test_a_page_of_two_models_has_a_heading_for_each_and_no_name_twice(tmp_path):
+    shared = {"notes": [], "generations": [], "table": EVALUATION, "num_layers": 6}
+    chapters = [Chapter(title=title, curve=curve(), **shared) for title in ("One model", "Another model")]
+    write_report(tmp_path / "report.html", *chapters)
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    parsed = Page(html)
+    assert re.findall(r"<h1>([^<]*)</h1>", html) == ["One model", "Another model"]
+    assert sum(tag == "svg" for tag, _ in parsed.tags) == 2
+    names = [attributes["id"] for _, attributes in parsed.tags if "id" in attributes]
+    assert len(names) == len(set(names))
+    used = re.findall(r'url\(#([^)]*)\)|href="#([^"]*)"', html)
+    assert used
+    assert {a or b for a, b in used} <= set(names)
 
 
 def test_the_text_of_every_token_is_there_in_order_and_the_legend_of_the_curve_too(tmp_path):
