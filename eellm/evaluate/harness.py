@@ -78,7 +78,7 @@ class EellmLM(TemplateLM):
         if model.tokenizer is None:
             raise ConfigError("the model has no tokenizer, and tasks are text; add its tokenizer.json")
         self.model = model
-        self.tokenizer = model.tokenizer
+        self._tokenizer = model.tokenizer
         layers = exits.split("+") if isinstance(exits, str) else [exits] if isinstance(exits, int) else exits
         self.rule = ExitRule(
             exit=exit,
@@ -96,13 +96,13 @@ class EellmLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        ends = (self.tokenizer.eos_id, *self.model.config.eos_token_ids)
+        ends = (self._tokenizer.eos_id, *self.model.config.eos_token_ids)
         return self._named(next((end for end in ends if end is not None), None))
 
     @property
     def prefix_token_id(self) -> int:
         """What an empty context is: the token that begins a text, or that ended the one before."""
-        bos = self.tokenizer.bos_id
+        bos = self._tokenizer.bos_id
         return self.eot_token_id if bos is None else bos
 
     def _named(self, token: int | None) -> int:
@@ -113,24 +113,24 @@ class EellmLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Ids of a text; special tokens as the tokenizer adds them, unless the text begins with them (a chat)."""
         if add_special_tokens is None:
-            bos = self.tokenizer.bos_id
-            begins = bos is not None and string.startswith(self.tokenizer.decode([bos], skip_special_tokens=False))
+            bos = self._tokenizer.bos_id
+            begins = bos is not None and string.startswith(self._tokenizer.decode([bos], skip_special_tokens=False))
             add_special_tokens = not begins
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        return self._tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     @property
     def tokenizer_name(self) -> str:
-        return self.tokenizer.fingerprint
+        return self._tokenizer.fingerprint
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        return self.tokenizer.chat_template if chat_template else None
+        return self._tokenizer.chat_template if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Messages as text; without the prompt for an answer, the last message is the beginning of one."""
         if add_generation_prompt:
-            return self.tokenizer.apply_chat(chat_history)
+            return self._tokenizer.apply_chat(chat_history)
         *before, begun = chat_history
-        return self.tokenizer.apply_chat(before) + begun["content"]
+        return self._tokenizer.apply_chat(before) + begun["content"]
 
     # --- what lm-eval asks ---
 

@@ -165,7 +165,7 @@ def load_tasks(config: TasksConfig) -> tuple[Any, dict[str, Any]]:
     from lm_eval.tasks import TaskManager
 
     ours = {file.stem for file in LOCAL.glob("*.yaml")}
-    paths = [LOCAL] if config.include is None else [LOCAL, config.include]
+    paths: list[str | Path] = [LOCAL] if config.include is None else [LOCAL, config.include]
     manager = TaskManager(include_path=paths, include_defaults=False)
     unknown = [name for name in config.tasks if name not in manager.all_tasks]
     if unknown and not unknown[0].startswith("eellm_"):  # lm-eval's own are thousands of files

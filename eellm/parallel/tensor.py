@@ -106,7 +106,7 @@ def apply_tensor_parallel(root: nn.Module, mesh: DeviceMesh) -> None:
     for exit in exits.children():
         parts.append((exit, HEAD))
         body = getattr(exit, "body", None)
-        if body is not None:
+        if isinstance(body, nn.Module):
             parts.append((body, LAYER if isinstance(body, Layer) else MLP_BLOCK))
     for module, table in parts:
         parallelize_module(module, mesh, {name: style for name, style in table.items() if _has(module, name)})
