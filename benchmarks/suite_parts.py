@@ -57,6 +57,8 @@ class Part:
 
 SMOLLM2 = "quickstart/SmolLM2-135M-Instruct"
 HELD_OUT = {"english/validation.jsonl": "`python examples/english_text.py` fetches it"}
+EVALUATION = {"evaluation/squad.jsonl": "`python examples/eval_data.py` fetches it"}
+QUESTIONS = "--text english/validation.jsonl --tasks eellm_squad,eellm_xsum --chat --out {out}"
 SMOL_ROWS = "fp32 fp32-batch-8 fp32-limit int8 int4 llama.cpp ctranslate2 ctranslate2-int8 auto-untuned"
 EXIT_ROWS = "early-agreement early-bits speculative pipelined transformers economize auto"
 
@@ -104,15 +106,19 @@ PARTS = (
         name="quality-smollm2",
         shows="The same for SmolLM2-135M with the tuned exits, with SQuAD's and XSum's questions",
         short=None,
-        full=f"quality.py {SMOLLM2} --adapter adapters/SmolLM2-135M-Instruct --text english/validation.jsonl "
-        "--policy gate --tasks eellm_squad,eellm_xsum --chat --out {out}",
+        full=f"quality.py {SMOLLM2} --adapter adapters/SmolLM2-135M-Instruct --policy gate {QUESTIONS}",
         timeout_s={"short": 0, "full": 2 * 3600},
         rows=quality_rows,
-        needs=HELD_OUT
-        | {
-            SMOLLM2: "`make quickstart` fetches it",
-            "evaluation/squad.jsonl": "`python examples/eval_data.py` fetches it",
-        },
+        needs=HELD_OUT | EVALUATION | {SMOLLM2: "`make quickstart` fetches it"},
+    ),
+    Part(
+        name="quality-smollm2-full",
+        shows="The same for SmolLM2-135M after as many hours of training all of its parameters",
+        short=None,
+        full=f"quality.py runs/smollm2-full-model {QUESTIONS}",
+        timeout_s={"short": 0, "full": 2 * 3600},
+        rows=quality_rows,
+        needs=HELD_OUT | EVALUATION | {"runs/smollm2-full-model": "recipes/smollm2-full.toml says how it is made"},
     ),
     Part(
         name="serve",

@@ -103,7 +103,11 @@ def test_every_part_s_command_is_a_script_of_ours_with_a_time_out_and_known_peer
             assert Path(script).is_file()
             assert words[-2:] == ["--out", "o"]
             assert each.timeout_s[length] > 0
-    assert [each.name for each in suite_parts.PARTS if each.short is None] == ["quality-smollm2", "english"]
+    assert [each.name for each in suite_parts.PARTS if each.short is None] == [
+        "quality-smollm2",
+        "quality-smollm2-full",
+        "english",
+    ]
 
 
 def test_every_peer_is_pinned_in_a_section_of_its_own_with_the_project_s_torch():
