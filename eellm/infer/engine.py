@@ -181,26 +181,19 @@ class Engine:
 
     def step(self) -> bool:
         """One tick for everyone. Returns whether there was anything to do. Raises WorkerError where a worker is lost;
-        then what is running and waiting has failed."""
+        then what is running and waiting has failed. A tick that is broken off (Ctrl-C, memory that is full) ends what
+        is running, as `interrupted`; what is waiting goes on with the next one, but for an engine with workers, which
+        has failed."""
         with self.lock:
             self._check_workers()
-            before = sum(len(seq.emitted) for seq in self.running)
             try:
-                self._admit()
-                self.methods.running(len(self.running))
-                changed = self.loop.step(self.running, self.num_ticks)
+                return self._tick()
             except WorkerError as error:
                 self.failure = error
                 raise
-            if changed is None:
-                return False
-            self.num_ticks += 1
-            self.new_tokens += sum(len(seq.emitted) for seq in self.running) - before
-            for seq in changed:
-                self.places.share_prompt(seq)
-                if seq.finish_reason is not None:
-                    self._leave(seq)
-            return True
+            except BaseException:
+                self._break_off()
+                raise
 
     def cancel(self, seq: Sequence) -> None:
         """Ends a request at once; one that is over stays as it is."""
@@ -255,35 +248,46 @@ class Engine:
         if self.failure is not None:
             raise WorkerError(str(self.failure))
 
+    def _tick(self) -> bool:
+        before = sum(len(seq.emitted) for seq in self.running)
+        self._admit()
+        self.methods.running(len(self.running))
+        changed = self.loop.step(self.running, self.num_ticks)
+        if changed is None:
+            return False
+        self.num_ticks += 1
+        self.new_tokens += sum(len(seq.emitted) for seq in self.running) - before
+        for seq in changed:
+            self.places.share_prompt(seq)
+            if seq.finish_reason is not None:
+                self._leave(seq)
+        return True
+
+    def _break_off(self) -> None:
+        """Rows are half-way, and nothing says whose: what ran ends, and nothing that was in memory is reused."""
+        if self.crew is not None:
+            self.failure = WorkerError("a pass was broken off, and the workers are out of step: make a new engine")
+            self.crew.kill()
+            return
+        for seq in self.running:
+            seq.interrupt()
+        self.num_finished += len(self.running)
+        self.running.clear()
+        self.waiting = deque(seq for seq in self.waiting if seq.finish_reason is None)
+        self.places.clear()
+
     def _admit(self) -> None:
         while self.waiting:
-            num_reused = self.places.give(self.waiting[0])
+            seq = self.waiting[0]
+            num_reused = self.places.give(seq)
             if num_reused is None:
                 return
-            seq = self.waiting.popleft()
             self.reused_tokens += num_reused
             seq.ready_since = self.num_ticks
-            self.running.append(seq)
+            self.running.append(seq)  # NOTE first there, then no longer here: an interrupt in between loses nobody
+            self.waiting.popleft()
 
     def _leave(self, seq: Sequence) -> None:
         self.places.take_back(seq)
         self.running.remove(seq)
         self.num_finished += 1
-
-
-def generate(
-    model: EarlyExitLM, prompts: SequenceOf[Prompt], *, workers: int = 1, tp: int = 1, **fields: Any
-) -> list[Generation]:
-    """`Engine.generate` on an engine made for this call: the prompts are served together. workers, tp: as `Engine`'s;
-    to start them takes seconds each time.
-
-    Raises ConfigError or RequestError before anything is generated.
-    """
-    max_batch = max(1, min(len(check_prompts(prompts)), 16))
-    with Engine(model, max_batch=max_batch, max_tokens=model.config.max_seq_len, workers=workers, tp=tp) as engine:
-        return engine.generate(prompts, **fields)
-
-
-def stream(model: EarlyExitLM, prompt: Prompt, options: GenerateConfig = GenerateConfig()) -> Handle:
-    """An iterator over the new tokens of one prompt; after it ended, `finish_reason` and `stats()` are there."""
-    return Engine(model, max_batch=1, max_tokens=model.config.max_seq_len).submit(prompt, options)
