@@ -7,7 +7,6 @@ time; every answer can be compared with what it should be.
 import asyncio
 import json
 import os
-import signal
 import socket
 import subprocess
 import time
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+from processes import end_session
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = (
@@ -99,16 +99,7 @@ def serving(command: Sequence[str], ready: str, *, threads: int | None = None) -
                 time.sleep(0.2)
             yield url
         finally:
-            _end(process)
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    process.terminate()
-    try:
-        process.wait(END_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+            end_session(process, END_S)
 
 
 def _last_line(path: Path) -> str:

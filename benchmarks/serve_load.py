@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from processes import leave_on_sigterm
 from rich.console import Console
 from rich.table import Table
 from serve_clients import PROMPTS, ROOT, Load, MissingError, Place, load, serving
@@ -49,6 +50,7 @@ class Peer:
 
 def main() -> None:
     options = parse()
+    leave_on_sigterm()
     model = eellm.load(options.model)
     expected = [answer(model, prompt, options.tokens) for prompt in PROMPTS]
     results: list[Load] = []

@@ -13,12 +13,12 @@ its last lines; so is a peer that can't be installed. Parts that are done by the
 """
 
 import argparse
-import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from peers import MODULES, OUT, given, make_peers
+from processes import leave_on_sigterm
 from rich.console import Console
 from rich.table import Table
 from suite_parts import PARTS, ROOT, Length, Part
@@ -38,7 +38,7 @@ def main() -> None:
         for part in parts:
             print(f"{part.name}: {part.shows}\n    {part.command(length)}")
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that a part ends with it
+    leave_on_sigterm()
     report = run(parts, length, options)
     table = Table(title=f"eellm, {length} form", caption=f"{options.out}/report.md")
     for name in ("row", "ours", "theirs", "ratio", "range", "goal", "", "load"):

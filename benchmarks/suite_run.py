@@ -8,7 +8,6 @@ DIRECTORY/NAME.log        all that it said
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -18,11 +17,14 @@ from pathlib import Path
 from typing import Literal
 
 from peers import Peer
+from processes import end_session
 from suite_parts import ROOT, Length, Part, words
 from suite_rows import Row
 
 NUM_LINES = 8
 """Last ones of a script that failed."""
+END_S = 60
+"""Until a part that was told to end is killed; it may have to end servers first."""
 HERE = Path(__file__).parent
 
 
@@ -142,8 +144,7 @@ def _call(argv: list[str], timeout_s: float, log: Path) -> str:
             return f"ended after {timeout_s:.0f} s\n{_last_lines(log)}"
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                end_session(process, END_S)
     return f"ended with {code}\n{_last_lines(log)}" if code else ""
 
 

@@ -19,11 +19,11 @@ _HOMES = {
     "Token": "eellm.infer.result",
     "add_exits": "eellm.exits.lm",
     "build": "eellm.exits.lm",
-    "generate": "eellm.infer.engine",
+    "generate": "eellm.infer.generate",
     "load": "eellm.checkpoint.hf",
     "save": "eellm.checkpoint.hf",
     "save_adapter": "eellm.checkpoint.exits",
-    "stream": "eellm.infer.engine",
+    "stream": "eellm.infer.generate",
 }
 __all__ = list(_HOMES)
 __version__ = "0.1.0"

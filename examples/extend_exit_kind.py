@@ -3,7 +3,8 @@
     an exit of kind `norm` → its body replaced → trained on text, everything else frozen → evaluated
 
 Whatever goes through `EarlyExitLM` takes it as it is: losses, every gradient, evaluation. Decoding doesn't: its
-networks know the bodies of the kinds that there are. docs/how-to/extend.md lists what a kind of its own takes.
+networks know the bodies of the kinds that there are, and an engine refuses others. docs/how-to/extend.md lists what a
+kind of its own takes.
 """
 
 from pydoc_data.topics import topics

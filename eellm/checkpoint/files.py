@@ -98,8 +98,11 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
 
 
-def write_sharded(directory: Path, tensors: dict[str, torch.Tensor], max_shard_bytes: int) -> None:
-    """model.safetensors, or numbered shards with an index where they'd exceed `max_shard_bytes`."""
+def write_sharded(
+    directory: Path, tensors: dict[str, torch.Tensor], max_shard_bytes: int, *, indexed: bool = False
+) -> None:
+    """model.safetensors, or numbered shards with an index where they'd exceed `max_shard_bytes`. indexed: an index for
+    the single file too, where others lie beside it that aren't the model's."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():
@@ -108,14 +111,15 @@ def write_sharded(directory: Path, tensors: dict[str, torch.Tensor], max_shard_b
             size = 0
         shards[-1].append(name)
         size += tensor.nbytes
-    if len(shards) == 1:
-        return write_tensors(directory / "model.safetensors", tensors)
     files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = ["model.safetensors"]
     for file, names in zip(files, shards, strict=True):
         write_tensors(directory / file, {name: tensors[name] for name in names})
-    weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-    total = sum(t.nbytes for t in tensors.values())
-    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    if indexed or len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        total = sum(t.nbytes for t in tensors.values())
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def weight_files(directory: Path) -> list[Path]:

@@ -2,7 +2,7 @@
 
 `load` takes a directory, an adapter directory (it names its base), a .gguf file, or the id of a model on the hub where
 `huggingface_hub` is installed. `save` writes what any Hugging Face tool reads as the plain model; the exits stand
-beside it and are ignored by those.
+beside it and are ignored by those, for an index names the model's own files.
 """
 
 from collections.abc import Iterable
@@ -70,7 +70,8 @@ def save(model: EarlyExitLM, path: str | Path, *, max_shard_bytes: int = MAX_SHA
     config = config_to_hf(model.config, str(model.decoder.embed.weight.dtype).removeprefix("torch."))
     owned = _OWNED if model.tokenizer is None else (*_OWNED, *TOKENIZER_FILES)
     with replacing(directory, marker="config.json", owned=owned) as temporary:
-        write_sharded(temporary, _named_for_hf(model.decoder), max_shard_bytes)
+        # vLLM takes every *.safetensors of a directory for the model's own, but for those that an index leaves out
+        write_sharded(temporary, _named_for_hf(model.decoder), max_shard_bytes, indexed=bool(model.config.exits))
         eos = config["eos_token_id"]
         if eos is not None:
             write_json(

@@ -20,7 +20,7 @@ from eellm.evaluate.plot import save_plot
 from eellm.evaluate.report import Chapter, write_report
 from eellm.evaluate.tables import CURVE_LEGEND, curve_cells, evaluation_cells
 from eellm.exits.lm import EarlyExitLM
-from eellm.infer.engine import generate
+from eellm.infer.generate import generate
 from eellm.infer.result import Generation
 from eellm.log import log
 

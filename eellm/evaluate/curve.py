@@ -22,7 +22,8 @@ from eellm.errors import ConfigError
 from eellm.evaluate.perplexity import finite, num_text_tokens
 from eellm.exits.lm import EarlyExitLM
 from eellm.exits.metrics import ExitTable, PolicyPoint
-from eellm.infer.engine import Engine, stream
+from eellm.infer.engine import Engine
+from eellm.infer.generate import stream
 from eellm.infer.request import make_request
 from eellm.infer.result import Stats
 from eellm.log import log

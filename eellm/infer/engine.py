@@ -13,28 +13,18 @@ from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Any, Self
 
-from eellm.checkpoint.hf import load
 from eellm.config.infer import GenerateConfig, generate_config
 from eellm.errors import CertificateError, ConfigError, RequestError, WorkerError
 from eellm.exits.lm import EarlyExitLM
-from eellm.infer.costs import StepCosts
+from eellm.infer.backend import Backend
 from eellm.infer.decode.make import Methods
 from eellm.infer.handle import Handle
-from eellm.infer.loop import Loop
-from eellm.infer.measure import measured
-from eellm.infer.memory import Memory
-from eellm.infer.network import Network
 from eellm.infer.packing import Packed
-from eellm.infer.pipelined.crew import Crew
-from eellm.infer.pipelined.loop import PipelinedMemory
-from eellm.infer.pipelined.start import check_workers, join, make_pipeline
 from eellm.infer.places import Places
-from eellm.infer.prepare import network_of
 from eellm.infer.quantize import Quantize
 from eellm.infer.request import Prompt, Request, check_prompts, make_request, make_scoring
 from eellm.infer.result import EngineStats, Generation
 from eellm.infer.sampling import Sampler
-from eellm.infer.scheduler import Scheduler
 from eellm.infer.score import Score, Scoring
 from eellm.infer.sequence import Sequence
 from eellm.infer.shadow import Shadow
@@ -72,40 +62,29 @@ class Engine:
         of the tokens that are held against the final exit after they left early, to see whether certificates still hold
         (see `stats`); not with workers. packed: where engines of models that share parameters share the matrices made
         of them; not with workers."""
-        check_workers(workers, tp, compile)
         if workers > 1 and shadow > 0:
             raise ConfigError(f"shadow = {shadow}: tokens can't be checked across workers; leave one of the two out")
-        met = join(workers, tp) if workers > 1 else None
-        self.model = load(model) if isinstance(model, str | Path) else model
-        self.quantize, self.compile, self.cache_dir = quantize, compile, cache_dir
-        self.failure: WorkerError | None = None
-        self.crew: Crew | None = None
-        if workers == 1:
-            self.network = network_of(self.model, quantize, cache_dir, compile, packed)
-            memory = self.network.new_memory()
-            self.memory: Memory | PipelinedMemory = memory
-            self.loop = Loop(self.network, memory, Scheduler(self._costs))
-        else:
-            pipeline = make_pipeline(
-                self.model,
-                workers,
-                tp,
-                met,
-                quantize=quantize,
-                compile=compile,
-                cache_dir=cache_dir,
-                max_batch=max_batch,
-                timeout_s=timeout_s,
-                costs=self._costs,
-            )
-            self.network, self.crew = pipeline.network, pipeline.crew
-            weakref.finalize(self, self.crew.close)
-            self.memory, self.loop = pipeline.memory, pipeline.loop
+        self.backend = Backend(
+            model,
+            quantize=quantize,
+            compile=compile,
+            cache_dir=cache_dir,
+            packed=packed,
+            workers=workers,
+            tp=tp,
+            max_batch=max_batch,
+            timeout_s=timeout_s,
+        )
+        self.model, self.network, self.loop = self.backend.model, self.backend.network, self.backend.loop
         self.scheduler = self.loop.scheduler
+        self.crew = self.backend.crew
+        if self.crew is not None:
+            weakref.finalize(self, self.crew.close)
+        self.failure: WorkerError | None = None
         self.shadow = Shadow(shadow)
-        self.methods = Methods(self._costs, self.shadow)
+        self.methods = Methods(self.backend.costs, self.shadow)
         self.max_tokens = min(max_tokens, self.model.config.max_seq_len)
-        self.places = Places(max_batch, self.memory, self.loop.own_layer, self.max_tokens)
+        self.places = Places(max_batch, self.backend.memory, self.loop.own_layer, self.max_tokens)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.lock = threading.RLock()
@@ -198,30 +177,23 @@ class Engine:
         rule = made[0][0]  # all have the same
         self._check_certified(rule)
         tokens = [(request.tokens, first) for request, first in made]
-        return Scoring(self._whole_network(), tokens, rule.thresholds, rule.policy, top_logprobs=top_logprobs)
+        return Scoring(self.backend.whole_network(), tokens, rule.thresholds, rule.policy, top_logprobs=top_logprobs)
 
     def step(self) -> bool:
         """One tick for everyone. Returns whether there was anything to do. Raises WorkerError where a worker is lost;
-        then what is running and waiting has failed."""
+        then what is running and waiting has failed. A tick that is broken off (Ctrl-C, memory that is full) ends what
+        is running, as `interrupted`; what is waiting goes on with the next one, but for an engine with workers, which
+        has failed."""
         with self.lock:
             self._check_workers()
-            before = sum(len(seq.emitted) for seq in self.running)
             try:
-                self._admit()
-                self.methods.running(len(self.running))
-                changed = self.loop.step(self.running, self.num_ticks)
+                return self._tick()
             except WorkerError as error:
                 self.failure = error
                 raise
-            if changed is None:
-                return False
-            self.num_ticks += 1
-            self.new_tokens += sum(len(seq.emitted) for seq in self.running) - before
-            for seq in changed:
-                self.places.share_prompt(seq)
-                if seq.finish_reason is not None:
-                    self._leave(seq)
-            return True
+            except BaseException:
+                self._break_off()
+                raise
 
     def cancel(self, seq: Sequence) -> None:
         """Ends a request at once; one that is over stays as it is."""
@@ -244,8 +216,8 @@ class Engine:
                 num_finished=self.num_finished,
                 new_tokens=self.new_tokens,
                 reused_tokens=self.reused_tokens,
-                memory_bytes=self.memory.num_bytes,
-                weight_bytes=self.network.num_bytes + (0 if self.crew is None else self.crew.weight_bytes),
+                memory_bytes=self.backend.memory.num_bytes,
+                weight_bytes=self.backend.weight_bytes,
                 shadow=self.shadow.report(),
             )
 
@@ -264,61 +236,58 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _costs(self) -> StepCosts:
-        """Measured when they are first needed."""
-        network = self._whole_network()
-        if network.costs is None:
-            network.costs = measured(network, self.cache_dir)
-        return network.costs
-
-    def _whole_network(self) -> Network:
-        """All layers. Where several stages share them they come into this process's memory when they are first needed:
-        to score, and to know what drafts cost."""
-        if len(self.network.held) == self.model.config.num_layers:
-            return self.network
-        return network_of(self.model, self.quantize, self.cache_dir, self.compile)
-
     def _check_certified(self, request: Request) -> None:
         """Raises CertificateError where the engine doesn't compute with the weights that the certificate is for."""
-        if request.certificate is not None and self.quantize is not None:
+        if request.certificate is not None and self.backend.quantize is not None:
             raise CertificateError(
                 f"risk = {request.options.risk:g}: certificates are for the weights as they are, not for those rounded "
-                f"to {self.quantize}; leave quantize out, or give a threshold"
+                f"to {self.backend.quantize}; leave quantize out, or give a threshold"
             )
 
     def _check_workers(self) -> None:
         if self.failure is not None:
             raise WorkerError(str(self.failure))
 
+    def _tick(self) -> bool:
+        before = sum(len(seq.emitted) for seq in self.running)
+        self._admit()
+        self.methods.running(len(self.running))
+        changed = self.loop.step(self.running, self.num_ticks)
+        if changed is None:
+            return False
+        self.num_ticks += 1
+        self.new_tokens += sum(len(seq.emitted) for seq in self.running) - before
+        for seq in changed:
+            self.places.share_prompt(seq)
+            if seq.finish_reason is not None:
+                self._leave(seq)
+        return True
+
+    def _break_off(self) -> None:
+        """Rows are half-way, and nothing says whose: what ran ends, and nothing that was in memory is reused."""
+        if self.crew is not None:
+            self.failure = WorkerError("a pass was broken off, and the workers are out of step: make a new engine")
+            self.crew.kill()
+            return
+        for seq in self.running:
+            seq.interrupt()
+        self.num_finished += len(self.running)
+        self.running.clear()
+        self.waiting = deque(seq for seq in self.waiting if seq.finish_reason is None)
+        self.places.clear()
+
     def _admit(self) -> None:
         while self.waiting:
-            num_reused = self.places.give(self.waiting[0])
+            seq = self.waiting[0]
+            num_reused = self.places.give(seq)
             if num_reused is None:
                 return
-            seq = self.waiting.popleft()
             self.reused_tokens += num_reused
             seq.ready_since = self.num_ticks
-            self.running.append(seq)
+            self.running.append(seq)  # NOTE first there, then no longer here: an interrupt in between loses nobody
+            self.waiting.popleft()
 
     def _leave(self, seq: Sequence) -> None:
         self.places.take_back(seq)
         self.running.remove(seq)
         self.num_finished += 1
-
-
-def generate(
-    model: EarlyExitLM, prompts: SequenceOf[Prompt], *, workers: int = 1, tp: int = 1, **fields: Any
-) -> list[Generation]:
-    """`Engine.generate` on an engine made for this call: the prompts are served together. workers, tp: as `Engine`'s;
-    to start them takes seconds each time.
-
-    Raises ConfigError or RequestError before anything is generated.
-    """
-    max_batch = max(1, min(len(check_prompts(prompts)), 16))
-    with Engine(model, max_batch=max_batch, max_tokens=model.config.max_seq_len, workers=workers, tp=tp) as engine:
-        return engine.generate(prompts, **fields)
-
-
-def stream(model: EarlyExitLM, prompt: Prompt, options: GenerateConfig = GenerateConfig()) -> Handle:
-    """An iterator over the new tokens of one prompt; after it ended, `finish_reason` and `stats()` are there."""
-    return Engine(model, max_batch=1, max_tokens=model.config.max_seq_len).submit(prompt, options)

@@ -26,6 +26,7 @@ class Memory:
     ) -> None:
         """own_layer: layers of the exits that attend with a Transformer layer of their own. layers: unset, all."""
         empty = torch.zeros(0, 2 * config.kv_heads, 0, config.head_size, dtype=dtype, device=device)
+        self._empty = empty
         self.layers: dict[int, Tensor] = dict.fromkeys(layers or range(1, config.num_layers + 1), empty)
         """Keys, then values, along the heads: (S, 2K, C, E), by layer."""
         self.exits: dict[int, Tensor] = dict.fromkeys(own_layer, empty)
@@ -48,6 +49,12 @@ class Memory:
                 # NOTE zeros: rows beyond a sequence's own are read under a mask, where 0 · NaN would be NaN
                 part[layer] = kv.new_zeros(self.num_slots, KV, self.capacity, E)
                 part[layer][:S, :, :C] = kv
+
+    def clear(self) -> None:
+        """Gives all of it back."""
+        self.num_slots = self.capacity = 0
+        for part in (self.layers, self.exits):
+            part.update(dict.fromkeys(part, self._empty))
 
     def copy(self, source: int, target: int, num_rows: int) -> None:
         """The first rows of one slot into another."""

@@ -15,11 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eellm.errors import ConfigError
+from eellm.exits.heads import MLPBlock
 from eellm.exits.lm import EarlyExitLM
 from eellm.infer.attention import PassRows, Span
 from eellm.infer.costs import StepCosts
 from eellm.infer.memory import Memory
+from eellm.model.layers import Layer
 
+BODIES = (MLPBlock, Layer)
+"""Of exits, those that every network computes."""
 Answer = tuple[int, float, list[float]]
 """The token with the largest logit, its log-probability, and the scores of the policies asked about, in their order."""
 
@@ -59,10 +64,22 @@ class Gone:
     """What asking the head took."""
 
 
+def check_bodies(model: EarlyExitLM) -> None:
+    """Raises ConfigError for an exit whose body no network knows: decoding would leave it out."""
+    for layer in model.config.exit_layers:
+        body = model.exit(layer).body
+        if body is not None and not isinstance(body, BODIES):
+            raise ConfigError(
+                f"the exit after layer {layer} has a body that decoding doesn't know, {type(body).__name__}: teach it "
+                "to eellm.infer (docs/how-to/extend.md lists the files), or decode the model without this exit"
+            )
+
+
 class Network(ABC):
     def __init__(self, model: EarlyExitLM, layers: range | None = None) -> None:
         """layers: unset, all; of some, with their exits, the first comes with the embedding and the last with the final
         exit."""
+        check_bodies(model)
         decoder = model.decoder
         self.config = model.config
         self.held = layers or range(1, self.config.num_layers + 1)

@@ -44,6 +44,12 @@ class Places:
         self.slots.release(seq.slot)
         seq.waiting = []
 
+    def clear(self) -> None:
+        """Nobody has a slot and no row is known, after a pass or a copy that was broken off. Memory grows anew."""
+        assert isinstance(self.memory, Memory), "an engine with workers has failed then"
+        self.slots = Slots(len(self.slots))
+        self.memory.clear()
+
     def _reserve(self, slot: int, num_rows: int) -> None:
         """Grows the memory by doubling."""
         num_slots, capacity = self.memory.num_slots, self.memory.capacity

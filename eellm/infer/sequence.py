@@ -110,6 +110,11 @@ class Sequence:
         assert self.num_deferred == 0, "rows that are judged have reached the end"
         self.passed = [min(passed, num_rows) for passed in self.passed]
 
+    def interrupt(self) -> None:
+        """Ends it where it is: its rows are lost, its tokens stand."""
+        self.finish_reason = "interrupted"
+        self.waiting = []
+
     # --- tokens ---
 
     def answer(self, reading: "Reading") -> None:

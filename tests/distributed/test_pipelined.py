@@ -217,6 +217,26 @@ def test_a_worker_that_hangs_is_named_after_the_time_out(rank):
     engine.close()
 
 
+def test_a_pass_that_is_interrupted_ends_the_engine_and_its_workers(monkeypatch):
+    engine = eellm.Engine(MODEL, workers=2)
+    pids, handle = engine.crew.pids, engine.submit([1, 2, 3], method="full", max_new_tokens=20)
+    next(handle)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.network, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(handle)
+    with pytest.raises(WorkerError, match=r"a pass was broken off.*make a new engine"):
+        next(handle)
+    with pytest.raises(WorkerError, match=r"a pass was broken off.*make a new engine"):
+        engine.submit([4, 5], method="full")
+    wait_until_ended(pids)
+    engine.close()
+
+
 def test_a_worker_that_fails_to_start_is_an_error(monkeypatch, capfd):
     monkeypatch.setenv("PYTHONPATH", "/nonexistent")
     monkeypatch.setenv("PYTHONHOME", "/nonexistent")

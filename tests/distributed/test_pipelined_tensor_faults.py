@@ -128,11 +128,12 @@ def test_after_a_call_that_was_broken_off_nothing_is_computed_out_of_step(monkey
         patch.setattr(engine.network.part, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             next(handle)
-    handle.cancel()
-    other = engine.submit([4, 5], method="full")
     with pytest.raises(WorkerError, match="a pass was broken off"):
-        next(other)
+        engine.score([[1, 2, 3]])
+    with pytest.raises(WorkerError, match="a pass was broken off"):
+        next(handle)
     with pytest.raises(WorkerError, match="a pass was broken off"):
         engine.submit([1], method="full")
+    handle.cancel()
     engine.close()
     wait_until_ended(pids)

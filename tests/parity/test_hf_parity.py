@@ -85,6 +85,21 @@ def test_transformers_reads_what_we_save_as_the_same_model(saved, tmp_path):
     torch.testing.assert_close(eellm.load(tmp_path / "ours")(tokens())[3], theirs(tokens()).logits, rtol=0, atol=1e-4)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 60_000])
+def test_transformers_reads_a_directory_with_exits_as_the_base_alone(tmp_path, max_shard_bytes):
+    torch.manual_seed(0)
+    theirs = hf.AutoModelForCausalLM.from_config(FAMILIES["llama"]).eval()
+    theirs.save_pretrained(tmp_path / "hf")
+    model = eellm.load(tmp_path / "hf")
+    eellm.add_exits(model, [eellm.ExitConfig(layer=1, kind="mlp", head="own")])
+    eellm.save(model, tmp_path / "ours", max_shard_bytes=max_shard_bytes)
+    again, report = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(report.values()), report
+    assert again.state_dict().keys() == theirs.state_dict().keys()
+    assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in theirs.state_dict().items())
+
+
 def test_full_depth_generation_equals_transformers_greedy_generate(saved):
     theirs, directory = saved
     prompt = tokens(17)[0].tolist()

@@ -2,17 +2,20 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 import eellm
 from eellm.checkpoint import files
+from eellm.checkpoint.names import to_hf_name
 from eellm.errors import ConfigError
 from tests.directories import TOKENS, assert_same_model, assert_same_weights, content
 from tests.models import EXITS, tiny_model
 from tests.worlds import sentencepiece_tokenizer, tiny_tokenizer
 
+MODELS = Path(__file__).parents[2] / "models"
 MORE_EXITS = (
     eellm.ExitConfig(layer=3, kind="layer", head="own", gate_size=4),
     eellm.ExitConfig(layer=4, kind="mlp"),
@@ -104,6 +107,39 @@ def test_saving_a_model_without_exits_over_one_with_exits_removes_the_exits_file
     eellm.save(plain, tmp_path / "model")
     assert not list((tmp_path / "model").glob("exits*"))
     assert_same_model(eellm.load(tmp_path / "model"), plain)
+
+
+def files_for_vllm(directory):
+    """As `filter_duplicate_safetensors_files` of vllm/model_executor/model_loader/weight_utils.py (vLLM 0.32) leaves
+    them; all of them go into the model, and an unknown name is an error there."""
+    index = directory / "model.safetensors.index.json"
+    named = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else None
+    found = {path.name for path in directory.glob("*.safetensors")}
+    assert named is None or named <= found, "vLLM raises FileNotFoundError"
+    return found if named is None else found & named
+
+
+def assert_only_the_base_s_weights_are_for_vllm(directory):
+    names = [name for file in files_for_vllm(directory) for name, _ in files.read_tensors(directory / file)]
+    assert sorted(names) == sorted(to_hf_name(n) for n, _ in eellm.load(directory).decoder.named_parameters())
+
+
+def test_vllm_s_rule_leaves_the_base_s_weights_alone_of_a_directory_with_exits(tmp_path):
+    for num, max_shard_bytes in enumerate((10**9, 30_000)):
+        eellm.save(tiny_model(dtype="float32"), tmp_path / str(num), max_shard_bytes=max_shard_bytes)
+        assert (tmp_path / str(num) / "exits.safetensors").exists()
+        assert_only_the_base_s_weights_are_for_vllm(tmp_path / str(num))
+    index = json.loads((tmp_path / "0" / files.INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(
+        t.nbytes for _, t in files.read_tensors(tmp_path / "0" / "model.safetensors")
+    )
+    eellm.save(tiny_model(dtype="float32", exits=()), tmp_path / "0")
+    assert not (tmp_path / "0" / files.INDEX).exists(), "one file alone needs none"
+
+
+@pytest.mark.parametrize("name", ["english", "english-bytes"])
+def test_vllm_s_rule_leaves_the_base_s_weights_alone_of_the_models_here(name):
+    assert_only_the_base_s_weights_are_for_vllm(MODELS / name)
 
 
 def test_saving_another_tokenizer_over_one_with_a_chat_template_removes_the_template(tmp_path):

@@ -237,7 +237,7 @@ def test_a_full_disk_leaves_the_old_export(tmp_path, run, monkeypatch):
     assert run("export", step, tmp_path / "out")[0] == 0
     before = content(tmp_path)
 
-    def full(*args):
+    def full(*args, **options):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(hf_files, "write_sharded", full)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import eellm
-from eellm.errors import ScheduleError
+from eellm.errors import ConfigError, ScheduleError
 from eellm.exits.policy import max_prob
 from eellm.plan.simulate import StageCost, simulate
 from eellm.schedule.check import check, peak_in_flight
@@ -106,3 +106,11 @@ def test_a_new_body_learns_alone():
     losses = train(model, 3, rows, num_steps=30)
     assert losses[-1] < losses[0] - 1
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+
+
+@pytest.mark.parametrize("options", [{"compile": False}, {"compile": None}, {"workers": 2}])
+def test_decoding_refuses_a_body_that_it_would_leave_out(options):
+    model = tiny_model(dtype="float32", exits=())
+    add_bottleneck(model, 3)
+    with pytest.raises(ConfigError, match=r"exit after layer 3 .* Bottleneck: .*docs/how-to/extend.md"):
+        eellm.Engine(model, **options)

@@ -58,6 +58,6 @@ class KVList:
         """Where the list stands."""
         first = next(iter(memory.layers.values()))
         if self._first is not first:
-            self._first = first
             self._list = (c_void_p * len(memory.layers))(*(kv.data_ptr() for kv in memory.layers.values()))
+            self._first = first  # last: an interrupt in between leaves no list that seems to be this memory's
         return ctypes.addressof(self._list)

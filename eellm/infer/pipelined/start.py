@@ -22,7 +22,7 @@ from eellm.exits.lm import EarlyExitLM
 from eellm.infer.costs import StepCosts
 from eellm.infer.loop import Loop
 from eellm.infer.memory import Memory
-from eellm.infer.network import Network
+from eellm.infer.network import Network, check_bodies
 from eellm.infer.pipelined.crew import Crew, Process, end_processes, how_it_ended
 from eellm.infer.pipelined.loop import PipelinedLoop, PipelinedMemory, PipelinedScheduler
 from eellm.infer.pipelined.setup import Plan, stage_weights
@@ -94,6 +94,7 @@ def make_pipeline(
 ) -> Pipeline:
     """met: processes that exist; None: they are started. Raises ConfigError, WorkerError."""
     check_parts(model.config, tp)
+    check_bodies(model)
     num_stages = workers // tp
     stages = stages_of(model.config, num_stages, tp)
     processes: Mapping[int, Process] = {}

@@ -1,0 +1,93 @@
+"""Ctrl-C at any moment of a tick: what ran ends with the tokens it has, and the engine serves on."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import eellm
+from tests.models import tiny_model
+
+MODEL = tiny_model(seed=0)
+PROMPTS = [[*range(1, 21), last] for last in (3, 5, 7)]
+"""They begin with the same block, which a slot keeps."""
+OPTIONS = ({"method": "early", "threshold": 0.3}, {"method": "speculative", "always_draft": True}, {"method": "full"})
+INFER = str(Path(eellm.__file__).parent / "infer")
+
+
+def start(engine):
+    return [engine.submit(prompt, max_new_tokens=6, **fields) for prompt, fields in zip(PROMPTS, OPTIONS, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def expected():
+    with eellm.Engine(MODEL) as engine:
+        return [handle.result().tokens for handle in start(engine)]
+
+
+def assert_goes_on(engine, handles, expected):
+    """Every request ends, and the same ones again get what they should."""
+    for handle, tokens in zip(handles, expected, strict=True):
+        out = handle.result()
+        assert out.tokens == (tokens[: len(out.tokens)] if out.finish_reason == "interrupted" else tokens)
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting, stats.num_free_slots) == (0, 0, len(engine.places.slots))
+    assert [handle.result().tokens for handle in start(engine)] == expected
+
+
+@pytest.mark.parametrize("nth", [1, 2, 5])
+def test_an_interrupted_pass_ends_those_in_it_and_the_others_go_on(expected, nth, monkeypatch):
+    engine = eellm.Engine(MODEL, max_batch=2)
+    handles, run, calls = start(engine), engine.network.run, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == nth:
+            raise KeyboardInterrupt
+        return run(*args)
+
+    monkeypatch.setattr(engine.network, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        handles[0].result()
+    assert [handle.finish_reason for handle in handles] == ["interrupted", "interrupted", None]
+    assert engine.stats().memory_bytes == 0
+    assert_goes_on(engine, handles, expected)
+    assert handles[2].finish_reason == "length"
+
+
+def interrupt(call, num_lines):
+    """KeyboardInterrupt before that many more lines of `eellm.infer` have run; False: there weren't so many."""
+
+    def trace(frame, event, _):
+        nonlocal num_lines
+        if not frame.f_code.co_filename.startswith(INFER):
+            return None
+        num_lines -= event == "line"
+        if num_lines == 0:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+@pytest.mark.parametrize("start_line", range(1, 12, 2))
+def test_whatever_line_is_interrupted_the_engine_goes_on(expected, start_line):
+    num_lines, num_interrupted = start_line, 0
+    while True:
+        engine = eellm.Engine(MODEL, max_batch=2)
+        handles = start(engine)
+        was_interrupted = interrupt(handles[0].result, num_lines)
+        num_interrupted += was_interrupted
+        assert_goes_on(engine, handles, expected)
+        if not was_interrupted:
+            break
+        num_lines += 97
+    assert num_interrupted > 10
