@@ -252,6 +252,23 @@ def test_a_shape_is_recorded_when_it_comes_again_and_played_from_then_on():
     assert counts[64:] == [(1, 63), *((2, n) for n in range(64, 69))], "more keys, once"
 
 
+@torch.inference_mode()
+def test_recordings_belong_to_one_memory_as_it_was_then():
+    network, packed = played(MODEL), PackedNetwork(MODEL)
+    memories = [[one.new_memory() for one in (network, packed)] for _ in range(2)]
+    for position in range(12):
+        for number, pair in enumerate(memories):
+            outs = []
+            for one, memory in zip((network, packed), pair, strict=True):
+                if position % 4 == 0:
+                    memory.reserve(1, 200 if number else 64 + position)  # the one grows, the other doesn't
+                h_ND = random(1, 32, seed=2 * position + number)
+                outs.append(one.run(h_ND, 1, 6, one.rows([Span(0, position, 1)]), memory))
+            torch.testing.assert_close(*outs, rtol=0, atol=1e-10)
+    assert network.graphs.recorder.num_recorded == 3 + 1
+    assert network.graphs.recorder.num_played == 24 - 5, "the table of angles has grown too, after the first pass"
+
+
 def test_of_more_recordings_than_are_kept_those_used_last_stay():
     graphs, done = Graphs(Played(), most=2), []
     for key in (1, 1, 2, 2, 1, 3, 3, 1):
