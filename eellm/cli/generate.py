@@ -64,7 +64,8 @@ class Options:
     quantize: Literal["int8", "int4"] | None = None
     """Weights of 8 or 4 bits (CPU only)."""
     compile: bool = True
-    """Run kernels that the machine's C++ compiler builds once for its processor, where they can run the model."""
+    """Run kernels that the machine's C++ compiler builds once for its processor, where they can run the model; on CUDA,
+    record passes as graphs."""
     workers: int = 1
     """Processes that share the layers; `pipelined` needs two or more."""
     tp: int = 1

@@ -11,7 +11,7 @@ attended to.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,22 @@ class PassRows:
         self.spans = tuple(spans)
 
 
+class LayerRows(Protocol):
+    """The rows of a pass, as a layer takes them."""
+
+    cos: Tensor
+    sin: Tensor
+    """(N, H + 2K, E), as `eellm.infer.angles` says."""
+
+    def write(self, kv_SKCE: Tensor, rows_NKE: Tensor, /) -> None:
+        """The rows' keys and values (2K of them) into a layer's memory."""
+        ...
+
+    def attend(self, q_NHE: Tensor, kv_SKCE: Tensor, window: int | None, /) -> Tensor:
+        """(N, H, E) → (N, H · E): each row over its sequence's rows up to itself."""
+        ...
+
+
 class PackedRows(PassRows):
     """As torch's attention takes them."""
 
@@ -68,7 +84,6 @@ class PackedRows(PassRows):
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
 
     def write(self, kv_SKCE: Tensor, rows_NKE: Tensor) -> None:
-        """The rows' keys and values (2K of them) into a layer's memory."""
         if self.slots_N is None:
             (span,) = self.spans
             kv_SKCE[span.slot, :, span.before : span.end] = rows_NKE.transpose(0, 1)
@@ -76,7 +91,6 @@ class PackedRows(PassRows):
             kv_SKCE[self.slots_N, :, self.positions_N] = rows_NKE
 
     def attend(self, q_NHE: Tensor, kv_SKCE: Tensor, window: int | None) -> Tensor:
-        """(N, H, E) → (N, H · E): each row over its sequence's rows up to itself."""
         if self.together is None and len(self.alone) == 1:
             return self._attend_alone(q_NHE, kv_SKCE, window, self.alone[0][1])
         y_NHE = torch.empty_like(q_NHE)
@@ -117,7 +131,7 @@ class PackedRows(PassRows):
             dtype = self.cos.dtype
             if index < 0:
                 assert self.together is not None
-                self._masks[key] = _additive(self.together.positions_RT, 0, self.together.length, window, dtype)
+                self._masks[key] = additive_mask(self.together.positions_RT, 0, self.together.length, window, dtype)
             else:
                 self._masks[key] = _span_mask(self.spans[index], window, dtype, self.device)
         return self._masks[key]
@@ -129,10 +143,10 @@ def _span_mask(span: Span, window: int | None, dtype: torch.dtype, device: torch
     if span.before == 0 and (window is None or span.end <= window):
         return None
     positions_T = torch.arange(span.before, span.end, device=device)
-    return _additive(positions_T, first, span.end, window, dtype)
+    return additive_mask(positions_T, first, span.end, window, dtype)
 
 
-def _additive(positions: Tensor, first: int, end: int, window: int | None, dtype: torch.dtype) -> Tensor:
+def additive_mask(positions: Tensor, first: int, end: int, window: int | None, dtype: torch.dtype) -> Tensor:
     """0 where the row at a position sees row s of first .. end - 1, else -inf. positions (T) → (T, S); (R, T) → (R, 1,
     T, S)."""
     seen_S = torch.arange(first, end, device=positions.device)

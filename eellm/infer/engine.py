@@ -49,11 +49,11 @@ class Engine:
         packed: Packed | None = None,
     ) -> None:
         """model: a model, or what `eellm.load` takes. max_batch: requests served at the same time; others wait for
-        their turn. max_tokens: the most that one request may have, prompt and new tokens together; memory for keys
-        and values grows as needed, up to max_batch times that. quantize: matrices of 8 or 4 bits (CPU only).
-        compile: whether to run kernels built for this processor (float32 on the CPU; the first time takes a C++
-        compiler some seconds); unset, where they can be. cache_dir: where kernels, rounded weights, and what was
-        measured on this machine are kept for the next engine.
+        their turn. max_tokens: the most that one request may have, prompt and new tokens together; memory for keys and
+        values grows as needed, up to max_batch times that. quantize: matrices of 8 or 4 bits (CPU only). compile:
+        whether to run kernels built for this processor (float32 on the CPU; the first time takes a C++ compiler some
+        seconds); unset, where they can be; on CUDA, whether passes are recorded as graphs. cache_dir: where kernels,
+        rounded weights, and what was measured on this machine are kept for the next engine.
 
         workers: processes that share the model's layers, this one among them; each of them computes with its part of
         this one's threads. Under torchrun they are its processes, with the threads that they have: on rank 0 this is

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from eellm.infer.asking import ask, rows_of, through_own_layer
 from eellm.infer.attention import PassRows, Span
+from eellm.infer.drafts import Acceptance
 from eellm.infer.memory import Memory
 from eellm.infer.network import Heard, Leg, Network
 from eellm.infer.readout import Reading, read, readings_of
@@ -32,6 +33,8 @@ class Loop:
         self.config = network.config
         self.stops = (*self.config.exit_layers, self.config.num_layers)
         self.own_layer = frozenset(network.own_layer)
+        self.sure = {layer: Acceptance(prior=0.5, memory=256) for layer in self.config.exit_layers}
+        """How often exits are sure in walks."""
 
     def step(self, sequences: Sequence[Served], tick: int) -> Sequence[Served] | None:
         """One tick. Returns the sequences that took part; None: there is nothing to do."""
@@ -126,12 +129,13 @@ class Loop:
             layer = self.stops[end]
             if layer == self.stops[-1]:
                 is_cut = end_row < len(seq.request.tokens)
-                num_asked, threshold = 0 if is_cut else seq.decode.num_readings(seq), math.inf
+                num_asked, threshold, likely = 0 if is_cut else seq.decode.num_readings(seq), math.inf, 0.0
             else:
                 start += sum(piece.end - piece.start for piece in seq.waiting[end])
                 is_tested = self._is_tested(seq, layer)
                 num_asked, threshold = (1, seq.decode.exits(seq)[layer]) if is_tested else (0, math.inf)
-            legs.append(Leg(last=layer, start=start, num_asked=num_asked, threshold=threshold))
+                likely = self.sure[layer].probability
+            legs.append(Leg(last=layer, start=start, num_asked=num_asked, threshold=threshold, likely=likely))
         return legs[::-1]
 
     def _take_answer(self, seq: Served, end: int, said: Heard) -> None:
@@ -141,7 +145,10 @@ class Loop:
         seq.work.count_head(layer)
         if end + 1 == len(self.stops):
             seq.decode.at_end(seq, readings)
-        elif readings[0].score < seq.decode.exits(seq)[layer]:
+            return
+        is_sure = readings[0].score >= seq.decode.exits(seq)[layer]
+        self.sure[layer].update(1, int(is_sure))
+        if not is_sure:
             seq.unsure.append((layer, readings[0].score))
             self.scheduler.heard(end, 1, 0)
         else:

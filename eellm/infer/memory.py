@@ -3,6 +3,7 @@
 A *slot* holds one sequence's rows from position 0 on. Every layer has one tensor for all slots, so that a pass over
 many sequences reads their keys without a copy; `layer` exits have tensors of their own. How many rows of a slot are
 true at a layer is the sequence's to know: this is memory only. It grows by doubling, up to what the engine allows.
+*Spare* rows behind a slot's own are written by rows of a pass that nobody needs, and never read.
 Shapes: S slots, K key/value heads, C rows a slot can hold, E head width.
 """
 
@@ -23,16 +24,21 @@ class Memory:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        num_spare: int = 0,
     ) -> None:
-        """own_layer: layers of the exits that attend with a Transformer layer of their own. layers: unset, all."""
+        """own_layer: layers of the exits that attend with a Transformer layer of their own. layers: unset, all.
+        num_spare: rows behind those of each slot."""
         empty = torch.zeros(0, 2 * config.kv_heads, 0, config.head_size, dtype=dtype, device=device)
         self._empty = empty
         self.layers: dict[int, Tensor] = dict.fromkeys(layers or range(1, config.num_layers + 1), empty)
-        """Keys, then values, along the heads: (S, 2K, C, E), by layer."""
+        """Keys, then values, along the heads: (S, 2K, C + spare rows, E), by layer."""
         self.exits: dict[int, Tensor] = dict.fromkeys(own_layer, empty)
         """As `layers`, of the exits."""
         self.num_slots = 0
         self.capacity = 0
+        self.num_spare = num_spare
+        self.generation = object()
+        """Another one whenever the tensors are others."""
 
     @property
     def num_bytes(self) -> int:
@@ -42,13 +48,15 @@ class Memory:
         """Makes room for at least so many slots of at least so many rows; what is there stays."""
         if num_slots <= self.num_slots and capacity <= self.capacity:
             return
+        C = self.capacity
         self.num_slots, self.capacity = max(num_slots, self.num_slots), max(capacity, self.capacity)
+        self.generation = object()
         for part in (self.layers, self.exits):
             for layer, kv in part.items():
-                S, KV, C, E = kv.shape
+                S, KV, _, E = kv.shape
                 # NOTE zeros: rows beyond a sequence's own are read under a mask, where 0 · NaN would be NaN
-                part[layer] = kv.new_zeros(self.num_slots, KV, self.capacity, E)
-                part[layer][:S, :, :C] = kv
+                part[layer] = kv.new_zeros(self.num_slots, KV, self.capacity + self.num_spare, E)
+                part[layer][:S, :, :C] = kv[:, :, :C]  # not the spare rows, which may hold anything
 
     def clear(self) -> None:
         """Gives all of it back."""

@@ -41,6 +41,8 @@ class Leg:
     """Newest rows that the head is asked about; 0: it isn't."""
     threshold: float
     """The score of the newest row at which the way ends here."""
+    likely: float = 1.0
+    """How likely that is, as far as is known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from eellm.exits.heads import MLPBlock
 from eellm.exits.lm import EarlyExitLM
 from eellm.exits.policy import SCORES
 from eellm.infer.angles import Angles
-from eellm.infer.attention import PackedRows, PassRows, Span
+from eellm.infer.attention import LayerRows, PackedRows, PassRows, Span
 from eellm.infer.memory import Memory
 from eellm.infer.network import Answer, Network
 from eellm.infer.packing import Packed, Packer, Team
@@ -61,7 +61,7 @@ class PackedNetwork(Network):
             self.heads[exit_config.layer] = PackedHead(body, norm, matrix)
         self.num_bytes = packer.num_bytes
 
-    def rows(self, spans: Sequence[Span]) -> PackedRows:
+    def rows(self, spans: Sequence[Span]) -> PassRows:
         return PackedRows(spans, self.angles, self.config.kv_heads)
 
     def run(self, h_ND: Tensor, first: int, last: int, rows: PassRows, memory: Memory) -> Tensor:
@@ -91,14 +91,23 @@ class PackedNetwork(Network):
 
 def answers_of(logits_NV: Tensor, policies: Sequence[str]) -> list[Answer]:
     """What raw float32 logits say, row by row."""
+    return answers_from(answer_table(logits_NV, policies))  # one look at the device's results
+
+
+def answer_table(logits_NV: Tensor, policies: Sequence[str]) -> Tensor:
+    """An answer in numbers: raw float32 logits → (N, 2 + policies), float64: token, log-probability, scores."""
     tokens_N1 = logits_NV.max(dim=-1, keepdim=True).indices
     logprobs_N = logits_NV.log_softmax(-1).gather(-1, tokens_N1)[:, 0]
     columns = [tokens_N1[:, 0].double(), logprobs_N.double()]
     for policy in policies:
         score_N = logprobs_N.exp().clamp(max=1) if policy == "max_prob" else SCORES[policy](logits_NV)
         columns.append(score_N.double())
-    table = torch.stack(columns, dim=-1).tolist()  # one look at the device's results
-    return [(int(row[0]), row[1], row[2:]) for row in table]
+    return torch.stack(columns, dim=-1)
+
+
+def answers_from(table: Tensor) -> list[Answer]:
+    """From what `answer_table` made. Waits for the device it is on."""
+    return [(int(row[0]), row[1], row[2:]) for row in table.tolist()]
 
 
 class PackedHead:
@@ -155,7 +164,7 @@ class PackedLayer:
         self.q_norm = Norm(attn.q_norm) if isinstance(attn.q_norm, RMSNorm) else None
         self.k_norm = Norm(attn.k_norm) if isinstance(attn.k_norm, RMSNorm) else None
 
-    def __call__(self, x_ND: Tensor, rows: PackedRows, kv_SKCE: Tensor) -> Tensor:
+    def __call__(self, x_ND: Tensor, rows: LayerRows, kv_SKCE: Tensor) -> Tensor:
         E, H, K = self.head_size, self.num_heads, self.num_kv_heads
         qkv_NHE = self.qkv(self.norm(x_ND)).view(len(x_ND), H + 2 * K, E)
         if self.q_norm is not None and self.k_norm is not None:

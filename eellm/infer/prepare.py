@@ -5,6 +5,7 @@ from weakref import WeakKeyDictionary
 
 from eellm.errors import ConfigError
 from eellm.exits.lm import EarlyExitLM
+from eellm.infer.fixed import FixedNetwork
 from eellm.infer.native.network import NativeNetwork, why_not
 from eellm.infer.network import Network
 from eellm.infer.packed import PackedNetwork
@@ -27,11 +28,14 @@ def make_network(
     """quantize: matrices of so many bits. layers: unset, all. cache_dir: where rounded weights and kernels are kept.
     packed: matrices that others have made.
 
-    compile: whether to run kernels of our own, built for this processor. Unset: where they can be; ConfigError, with
-    the reason, where they are asked for and can't.
+    compile: on CUDA, whether passes are recorded as graphs. Elsewhere whether to run kernels of our own, built for this
+    processor; unset, where they can be; ConfigError, with the reason, where they are asked for and can't.
     """
     first = 1 if layers is None else layers[0]
-    reason = None if compile is False else why_not(model, model.decoder.layer(first).attn_norm.weight, cache_dir)
+    weight = model.decoder.layer(first).attn_norm.weight
+    if weight.device.type == "cuda" and compile is not False:
+        return FixedNetwork(model, quantize, layers, cache_dir, packed)
+    reason = None if compile is False else why_not(model, weight, cache_dir)
     if compile and reason is not None:
         raise ConfigError(f"compile = True: {reason}")
     if compile is False or reason is not None:
