@@ -6,7 +6,7 @@ Perplexity is of the text, teacher-forced, in one pass for all thresholds; its u
 tokens. Tasks (`eellm tasks`; `python examples/eval_data.py` fetches their data) are answered anew under each threshold;
 their units are documents. Intervals are 95%, of a bootstrap over units; a change is to full depth on the same units.
 Speed is of generation, each run between two at full depth. *No measurable loss*: no change's interval lies wholly on
-the worse side.
+the worse side, at a threshold under which everything was asked.
 """
 
 import argparse
@@ -57,7 +57,10 @@ def main() -> None:
         new_tokens=options.new_tokens,
     )
     curve = measure_curve(model, rows, evaluation.table, config).as_json()
-    points = [_point(point, found[rule_name(options.policy, point["threshold"])]) for point in curve["points"]]
+    points = [
+        _point(point, found[rule_name(options.policy, point["threshold"])], len(found[FULL_DEPTH]))
+        for point in curve["points"]
+    ]
     result = {
         "model": str(options.model),
         "adapter": None if options.adapter is None else str(options.adapter),
@@ -158,7 +161,8 @@ def task_measures(model: EarlyExitLM, options: argparse.Namespace) -> dict[str, 
     return found
 
 
-def _point(point: dict[str, Any], measures: list[Measure]) -> dict[str, Any]:
+def _point(point: dict[str, Any], measures: list[Measure], num_measures: int) -> dict[str, Any]:
+    """num_measures: that full depth has; a threshold at which fewer were taken may have a loss."""
     early = 1 - list(point["taken"].values())[-1]
     return {
         "threshold": point["threshold"],
@@ -167,7 +171,7 @@ def _point(point: dict[str, Any], measures: list[Measure]) -> dict[str, Any]:
         "speedup": point["measured"]["speedup"],
         "speedup_range": point["measured"]["speedup_range"],
         "measures": measures,
-        "no_loss": not any(is_worse(measure) for measure in measures),
+        "no_loss": len(measures) == num_measures and not any(is_worse(measure) for measure in measures),
     }
 
 
