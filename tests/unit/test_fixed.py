@@ -44,7 +44,7 @@ def played(model, **fields) -> FixedNetwork:
 def engine_on(network, model, **fields):
     """An engine that computes with the network."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("eellm.infer.engine.network_of", lambda *_: network)
+        patch.setattr("eellm.infer.backend.network_of", lambda *_: network)
         engine = eellm.Engine(model, **fields)
     with engine:
         yield engine
