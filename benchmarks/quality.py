@@ -25,7 +25,7 @@ import eellm
 from eellm.checkpoint.files import write_json
 from eellm.config.infer import PolicyName
 from eellm.data.packing import Rows
-from eellm.evaluate.curve import CurveConfig, measure_curve
+from eellm.evaluate.curve import CurveConfig, check_curve, measure_curve
 from eellm.evaluate.perplexity import evaluate, text_rows
 from eellm.evaluate.rule import ExitRule
 from eellm.evaluate.tables import Cells
@@ -44,21 +44,22 @@ def main() -> None:
     options = _options()
     load = os.getloadavg()
     model = eellm.load(str(options.model), options.adapter)
-    rows = text_rows(options.text, model, seq_len=options.seq_len, max_tokens=options.max_tokens)
-    evaluation = evaluate(model, rows, batch_size=4)
-    found = perplexities(rows, evaluation.table, options.thresholds, options.policy)
-    if options.tasks:
-        for name, measures in task_measures(model, options).items():
-            found[name] += measures
     config = CurveConfig(
         thresholds=options.thresholds,
         policy=options.policy,
         num_prompts=options.num_prompts,
         new_tokens=options.new_tokens,
     )
+    check_curve(model, config)
+    rows = text_rows(options.text, model, seq_len=options.seq_len, max_tokens=options.max_tokens)
+    answered = task_measures(model, options) if options.tasks else {}
+    evaluation = evaluate(model, rows, batch_size=4)
+    found = perplexities(rows, evaluation.table, options.thresholds, options.policy)
+    for name, measures in answered.items():
+        found[name] += measures
     curve = measure_curve(model, rows, evaluation.table, config).as_json()
     points = [
-        _point(point, found[rule_name(options.policy, point["threshold"])], len(found[FULL_DEPTH]))
+        judged(point, found[rule_name(options.policy, point["threshold"])], len(found[FULL_DEPTH]))
         for point in curve["points"]
     ]
     result = {
@@ -98,7 +99,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--num-prompts", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--out", type=Path, default=ROOT / "bench-out/quality.json")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if more := set(options.task_thresholds or ()) - set(options.thresholds):
+        parser.error(f"--task-thresholds: {sorted(more)} are not among --thresholds")
+    return options
 
 
 def _floats(text: str) -> tuple[float, ...]:
@@ -161,8 +165,9 @@ def task_measures(model: EarlyExitLM, options: argparse.Namespace) -> dict[str, 
     return found
 
 
-def _point(point: dict[str, Any], measures: list[Measure], num_measures: int) -> dict[str, Any]:
-    """num_measures: that full depth has; a threshold at which fewer were taken may have a loss."""
+def judged(point: dict[str, Any], measures: list[Measure], num_measures: int) -> dict[str, Any]:
+    """A point of the curve with what was measured there. num_measures: that full depth has; where fewer were taken
+    there may be a loss."""
     early = 1 - list(point["taken"].values())[-1]
     return {
         "threshold": point["threshold"],
@@ -194,7 +199,7 @@ def show(result: dict[str, Any]) -> None:
     console = Console(width=140)
     console.print(Cells(headers, tuple(rows)).as_rich(f"{Path(result['model']).name}, {result['policy']}"))
     best = result["no_loss"]
-    words = "none of these thresholds is without a measurable loss"
+    words = "no threshold was shown to be without a loss"
     if best is not None:
         words = f"speed-up at no measurable loss: {best['speedup']:.2f}, at τ = {best['threshold']:g}"
     console.print(f"{words}; load {result['load_average'][0][0]:.1f} → {result['load_average'][1][0]:.1f}")

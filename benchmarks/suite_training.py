@@ -226,7 +226,7 @@ def quality_rows(data: Any, peers: Peers) -> list[Row]:
     fields: dict[str, Any] = {"load": load_of(data), "versions": data["versions"], "unit": "tokens/s"}
     title, theirs = f"quality: {name}, speed-up at no measurable loss", data["full_tokens_per_s"]
     if best is None:
-        words = "1, at full depth: every threshold has a measurable loss"
+        words = "at full depth: no threshold was shown to be without a loss"
         return [Row(name=title, status="measured", ours=theirs, theirs=theirs, ratio=1.0, remarks=words, **fields)]
     changes = [_change(measure) for measure in best["measures"]]
     words = f"{data['policy']}, τ {best['threshold']:g}, {best['early']:.0%} leave early; " + "; ".join(changes)

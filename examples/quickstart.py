@@ -64,8 +64,8 @@ class Shown:
     """Strings, or chats."""
     choices: Mapping[str, dict[str, Any]]
     """Options of `eellm.generate` by what they are called."""
-    kept: Path
-    """What was measured."""
+    exits: Path
+    """Their directory."""
 
 
 def main() -> None:
@@ -74,6 +74,8 @@ def main() -> None:
     steps = parser.parse_args().tune_steps
     log_to_stderr()
     HERE.mkdir(exist_ok=True)
+    if steps is None and not ADAPTER.is_dir():
+        sys.exit(f"{ADAPTER}: no such directory; --tune-steps 36 (make quickstart TUNE_STEPS=36) tunes exits here")
     convert(fetch())
     smol = smollm2(give_exits(), SPEECHES) if steps is None else smollm2(tune(steps), HELP_HELD_OUT)
     chapters = [chapter(smol, 4), chapter(english(), 6)]
@@ -99,7 +101,7 @@ def smollm2(adapter: Path, text: Path) -> Shown:
             "gate, τ = 0.9": {"policy": "gate", "threshold": 0.9},
             "gate, τ = 0.6": {"policy": "gate", "threshold": 0.6},
         },
-        kept=kept(adapter),
+        exits=adapter,
     )
 
 
@@ -117,14 +119,8 @@ def english() -> Shown:
             "speculative (lossless)": {"method": "speculative"},
             "max_prob, τ = 0.6": {"threshold": 0.6},
         },
-        kept=kept(ENGLISH),
+        exits=ENGLISH,
     )
-
-
-def kept(exits: Path) -> Path:
-    """Where the measurement of exits is kept, by what they are."""
-    digest = hashlib.sha256((exits / "exits.safetensors").read_bytes()).hexdigest()
-    return HERE / f"measured-{digest[:12]}.json"
 
 
 def headline(number: int, what: str, command: str) -> None:
@@ -171,12 +167,13 @@ def give_exits() -> Path:
 
 def tune(steps: int) -> Path:
     """The directory of a short run's adapter."""
-    headline(3, "Tune exits after layers 10 and 20 of 30", f"eellm tune {RECIPE.relative_to(ROOT)}")
-    write_help()
     run = HERE / f"tuning-{steps}"
-    command = [sys.executable, "-m", "eellm", "tune", str(RECIPE), "--train.out-dir", str(run)]
+    words = ["tune", str(RECIPE.relative_to(ROOT)), "--train.out-dir", str(run.relative_to(ROOT))]
+    words += ["--train.steps", str(steps)]
+    headline(3, "Tune exits after layers 10 and 20 of 30", f"eellm {' '.join(words)}")
+    write_help()
     if not finished(run, steps):
-        subprocess.run([*command, "--train.steps", str(steps)], check=True, cwd=ROOT)
+        subprocess.run([sys.executable, "-m", "eellm", *words], check=True, cwd=ROOT)
     return run / "adapter"
 
 
@@ -208,7 +205,10 @@ def chapter(shown: Shown, number: int) -> Chapter:
 
 def measure(shown: Shown) -> dict[str, Any]:
     """How good each exit is on the text, what that is worth in speed, and what the lossless methods are."""
-    if not shown.kept.exists():
+    asked = f"{shown.policy} {shown.thresholds}".encode()
+    parts = (asked, shown.text.read_bytes(), (shown.exits / "exits.safetensors").read_bytes())
+    file = HERE / f"measured-{hashlib.sha256(b''.join(parts)).hexdigest()[:12]}.json"
+    if not file.exists():
         rows = text_rows(shown.text, shown.model, seq_len=256, max_tokens=4096)
         quality = evaluate(shown.model, rows)
         config = CurveConfig(thresholds=shown.thresholds, policy=shown.policy, num_prompts=2)
@@ -216,8 +216,8 @@ def measure(shown: Shown) -> dict[str, Any]:
         lossless = [Setting(name=method, options={"method": method}) for method in ("speculative", "auto")]
         speeds = measure_speed(shown.model, lossless, num_tokens=64, rounds=3)
         speed = {row.name: asdict(row) for row in speeds}
-        write_json(shown.kept, {"quality": quality.as_json(), "curve": curve.as_json(), "speed": speed})
-    return json.loads(shown.kept.read_text())
+        write_json(file, {"quality": quality.as_json(), "curve": curve.as_json(), "speed": speed})
+    return json.loads(file.read_text())
 
 
 def generate(shown: Shown) -> list[tuple[str, str, eellm.Generation]]:
@@ -244,13 +244,15 @@ def honest_words(shown: Shown, data: Mapping[str, Any]) -> list[str]:
     shares = " and ".join(f"{exit['agreement']:.0%} after layer {exit['layer']}" for exit in early)
     left = [f"τ = {p['threshold']}: {1 - p['taken'][final]:.0%} leave early, {wrong(p, final)}" for p in points]
     safe = [p["measured"]["speedup"] for p in points if p["agreement"] >= SAFE]
-    best = max(safe, default=1.0)
+    speed = f"Under none of these do {SAFE:.0%} of all choices stay the full model's."
+    if safe:
+        speed = f"Where at least {SAFE:.0%} of all choices stay the full model's, the best measured speed of leaving "
+        speed += f"early is {max(safe):.2f} times full depth."
     lossless, guarded = (data["speed"][name]["ratio"] for name in ("speculative", "auto"))
     return [
         f"Of {final} layers: the exits make the model's own choice for {shares}, of the tokens of a text that they "
         f"never learnt. Under the {shown.policy} policy: " + "; ".join(left) + ".",
-        f"Where at least {SAFE:.0%} of all choices stay the full model's, the best measured speed of leaving early is "
-        f"{best:.2f} times full depth. Without any change of the text: {lossless:.2f} times by self-speculation, and "
+        f"{speed} Without any change of the text: {lossless:.2f} times by self-speculation, and "
         f"{guarded:.2f} times where the guard chooses the method (`auto`).",
     ]
 

@@ -21,25 +21,30 @@ class Angles:
         self.num_heads = self.num_turned + config.kv_heads
         self.dtype = dtype
         self.device = device
-        self.cos_PHE = self.sin_PHE = torch.zeros(0)
+        self.tables = torch.zeros(0), torch.zeros(0)
+        """cos and sin, (P, H + 2K, E); another pair when they have grown, for other threads may be reading these."""
         self.reserve(64)
 
     def reserve(self, num_positions: int) -> None:
-        if num_positions <= len(self.cos_PHE):
+        known = len(self.tables[0])
+        if num_positions <= known:
             return
-        num_positions = max(num_positions, 2 * len(self.cos_PHE))
+        num_positions = max(num_positions, 2 * known)
         cos, sin = self.rope(torch.arange(num_positions, device=self.device), self.dtype)
         shape = (num_positions, self.num_heads, 2 * cos.shape[-1])
-        self.cos_PHE = torch.ones(shape, dtype=self.dtype, device=self.device)
-        self.sin_PHE = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        self.cos_PHE[:, : self.num_turned] = torch.cat((cos, cos), dim=-1)[:, None]
-        self.sin_PHE[:, : self.num_turned] = torch.cat((-sin, sin), dim=-1)[:, None]
+        cos_PHE = torch.ones(shape, dtype=self.dtype, device=self.device)
+        sin_PHE = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        cos_PHE[:, : self.num_turned] = torch.cat((cos, cos), dim=-1)[:, None]
+        sin_PHE[:, : self.num_turned] = torch.cat((-sin, sin), dim=-1)[:, None]
+        self.tables = cos_PHE, sin_PHE
 
     def slice(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         """cos and sin (T, H + 2K, E) of neighbouring positions."""
         self.reserve(end)
-        return self.cos_PHE[start:end], self.sin_PHE[start:end]
+        cos_PHE, sin_PHE = self.tables
+        return cos_PHE[start:end], sin_PHE[start:end]
 
     def select(self, positions_N: Tensor) -> tuple[Tensor, Tensor]:
         """As `slice`, of any positions; the caller has reserved them."""
-        return self.cos_PHE[positions_N], self.sin_PHE[positions_N]
+        cos_PHE, sin_PHE = self.tables
+        return cos_PHE[positions_N], sin_PHE[positions_N]

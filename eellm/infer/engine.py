@@ -279,7 +279,11 @@ class Engine:
     def _admit(self) -> None:
         while self.waiting:
             seq = self.waiting[0]
-            num_reused = self.places.give(seq)
+            try:
+                num_reused = self.places.give(seq)
+            except Exception:  # memory that can't grow: this one would break off every tick to come
+                self.waiting.popleft().interrupt()
+                raise
             if num_reused is None:
                 return
             self.reused_tokens += num_reused

@@ -94,7 +94,8 @@ class FixedNetwork(PackedNetwork):
         memory: Memory,
     ) -> Tensor:
         """part: which layers. through: them."""
-        grid, num_cells, cos_PHE, sin_PHE = placed.grid, placed.grid.num_cells, self.angles.cos_PHE, self.angles.sin_PHE
+        grid, num_cells = placed.grid, placed.grid.num_cells
+        cos_PHE, sin_PHE = self.angles.tables
 
         def work() -> None:
             rows = GridRows(grid, self._positions_C[:num_cells], memory.capacity, cos_PHE, sin_PHE)

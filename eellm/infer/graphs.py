@@ -8,11 +8,14 @@ pool of memory: graphs follow each other in one stream, and what they hand on is
 Source: PyTorch's notes on CUDA graphs. Recording and playing never ran on a GPU.
 """
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Protocol
 
 import torch
+
+from eellm.log import log
 
 MOST_GRAPHS = 256
 """Graphs of memory that has grown since are never asked for again, and go when there are so many newer ones."""
@@ -46,19 +49,34 @@ class Graphs:
             return
         if key not in self._known:
             self._make_room(self.recorder)
-            self._known[key] = None
             work()
+            self._known[key] = None
             return
         self._known.move_to_end(key)
         again = self._known[key]
         if again is None:
-            again = self._known[key] = self.recorder.record(work)
+            again = self._record(self.recorder, work)
+            self._known[key] = again
         again()
+
+    def _record(self, recorder: Recorder, work: Work) -> Work:
+        """What can't be recorded here is done, now and from now on."""
+        try:
+            return recorder.record(work)
+        except RuntimeError as error:
+            log.warning(f"passes can't be recorded as graphs here, and are started operation by operation: {error}")
+            self.recorder = None
+            self._known.clear()
+            return work
 
     def _make_room(self, recorder: Recorder) -> None:
         if len(self._known) >= self.most:
             recorder.settle()  # NOTE the one that goes may be on the GPU's list still
             self._known.popitem(last=False)
+
+
+_DEVICE = threading.Lock()
+"""A recording allows no other one in the process, nor that anybody waits for the whole device."""
 
 
 class CUDARecorder:
@@ -70,12 +88,15 @@ class CUDARecorder:
             self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
     def record(self, work: Work) -> Work:
-        with torch.cuda.device(self.device):
+        before = torch.cuda.current_stream(self.device)
+        # NOTE `stream(before)`: a recording that fails leaves its own stream behind as the current one
+        with _DEVICE, torch.cuda.device(self.device), torch.cuda.stream(before):
+            torch.cuda.current_blas_handle()  # NOTE each thread has its own, and none can be made while recording
             graph = torch.cuda.CUDAGraph()
-            # NOTE thread_local: what other threads do meanwhile (a server's other models) breaks no recording
+            # NOTE thread_local: what other threads start meanwhile is not taken for a part of the recording
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 work()
         return graph.replay
 
     def settle(self) -> None:
-        torch.cuda.synchronize(self.device)
+        torch.cuda.current_stream(self.device).synchronize()

@@ -61,6 +61,7 @@ class Memory:
     def clear(self) -> None:
         """Gives all of it back."""
         self.num_slots = self.capacity = 0
+        self.generation = object()
         for part in (self.layers, self.exits):
             part.update(dict.fromkeys(part, self._empty))
 

@@ -111,8 +111,8 @@ class Sequence:
         self.passed = [min(passed, num_rows) for passed in self.passed]
 
     def interrupt(self) -> None:
-        """Ends it where it is: its rows are lost, its tokens stand."""
-        self.finish_reason = "interrupted"
+        """Ends it where it is, unless it has ended: its rows are lost, its tokens stand."""
+        self.finish_reason = self.finish_reason or "interrupted"
         self.waiting = []
 
     # --- tokens ---

@@ -164,6 +164,15 @@ def test_a_loss_is_measurable_where_the_whole_interval_is_on_the_worse_side():
     assert judged == [True, False, False, False, False, True]
 
 
+def test_a_threshold_is_without_loss_only_where_everything_was_asked():
+    point = {"threshold": 0.9, "taken": {"2": 0.25, "4": 0.75}, "agreement": 0.99}
+    point |= {"measured": {"speedup": 1.2, "speedup_range": [1.1, 1.3]}}
+    same, worse = ({"measure": "perplexity", "change_interval": ends} for ends in ((-0.1, 0.1), (0.1, 0.2)))
+    found = [quality.judged(point, measures, 2) for measures in ([same, same], [same, worse], [same])]
+    assert [each["no_loss"] for each in found] == [True, False, False]
+    assert found[0]["early"] == 0.25
+
+
 def test_perplexity_of_a_policy_is_that_of_the_rows_at_their_exits_with_its_change_to_full_depth():
     labels = np.array([[1, 2, 3, 4], [1, 2, IGNORE, IGNORE]])
     early, final = torch.tensor([2.0, 2.0, 3.0, 3.0, 1.0, 2.0]), torch.tensor([1.0, 2.0, 2.0, 3.0, 1.0, 2.0])

@@ -29,7 +29,11 @@ def assert_goes_on(engine, handles, expected):
     """Every request ends, and the same ones again get what they should."""
     for handle, tokens in zip(handles, expected, strict=True):
         out = handle.result()
-        assert out.tokens == (tokens[: len(out.tokens)] if out.finish_reason == "interrupted" else tokens)
+        if out.finish_reason == "interrupted":
+            assert len(out.tokens) < len(tokens), "an answer that was whole is not called broken off"
+            assert out.tokens == tokens[: len(out.tokens)]
+        else:
+            assert out.tokens == tokens
     stats = engine.stats()
     assert (stats.num_running, stats.num_waiting, stats.num_free_slots) == (0, 0, len(engine.places.slots))
     assert [handle.result().tokens for handle in start(engine)] == expected
@@ -53,6 +57,21 @@ def test_an_interrupted_pass_ends_those_in_it_and_the_others_go_on(expected, nth
     assert engine.stats().memory_bytes == 0
     assert_goes_on(engine, handles, expected)
     assert handles[2].finish_reason == "length"
+
+
+def test_a_request_whose_memory_can_t_be_had_ends_and_those_behind_it_are_served(expected, monkeypatch):
+    engine = eellm.Engine(MODEL, max_batch=2)
+    handles, reserve = start(engine), engine.backend.memory.reserve
+
+    def full(num_slots, capacity):
+        monkeypatch.setattr(engine.backend.memory, "reserve", reserve)
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(engine.backend.memory, "reserve", full)
+    with pytest.raises(RuntimeError, match="no memory left"):
+        engine.step()
+    assert [handle.finish_reason for handle in handles] == ["interrupted", None, None]
+    assert_goes_on(engine, handles, expected)
 
 
 def interrupt(call, num_lines):
