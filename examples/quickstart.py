@@ -159,9 +159,9 @@ def write_help() -> None:
 
 
 def give_exits() -> Path:
-    """The committed exits, which took hours."""
+    """The committed exits."""
     recipe = "recipes/smollm2-exits.toml"
-    headline(3, "Take the exits in adapters/, whose tuning took hours", f"eellm tune {recipe}")
+    headline(3, "Take the exits in adapters/, tuned for two hours", f"eellm tune {recipe}")
     return ADAPTER
 
 

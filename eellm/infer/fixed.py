@@ -188,7 +188,7 @@ class Asked:
     event: torch.cuda.Event | None
 
     def answers(self) -> list[Answer]:
-        """Waits for them: the one place where the host does."""
+        """Waits for them; nothing else of a walk does."""
         if self.event is not None:
             self.event.synchronize()
         return answers_from(self.table)

@@ -34,7 +34,7 @@ class Loop:
         self.stops = (*self.config.exit_layers, self.config.num_layers)
         self.own_layer = frozenset(network.own_layer)
         self.sure = {layer: Acceptance(prior=0.5, memory=256) for layer in self.config.exit_layers}
-        """How often exits are sure in walks."""
+        """How often exits are sure in walks, whatever the request's threshold: it says when a leg may start early."""
 
     def step(self, sequences: Sequence[Served], tick: int) -> Sequence[Served] | None:
         """One tick. Returns the sequences that took part; None: there is nothing to do."""

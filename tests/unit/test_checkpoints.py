@@ -234,3 +234,10 @@ def test_layerskip_exits_have_no_parameters_and_are_the_logit_lens(tmp_path):
         hidden = decoder.layers[str(layer)](hidden, rows)
         if layer in (2, 4, 6):
             assert torch.equal(found(TOKENS)[layer], decoder.output(decoder.norm(hidden)))
+
+
+def test_whoever_may_read_a_new_file_may_read_the_weights(tmp_path):
+    (tmp_path / "plain").touch()
+    files.write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(2)})
+    files.write_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(2)})  # over itself, too
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
