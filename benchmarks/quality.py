@@ -201,7 +201,9 @@ def show(result: dict[str, Any]) -> None:
     best = result["no_loss"]
     words = "no threshold was shown to be without a loss"
     if best is not None:
-        words = f"speed-up at no measurable loss: {best['speedup']:.2f}, at τ = {best['threshold']:g}"
+        low, high = best["speedup_range"]
+        words = f"speed-up at no measurable loss: {best['speedup']:.2f} ({low:.2f} to {high:.2f})"
+        words += f", at τ = {best['threshold']:g}"
     console.print(f"{words}; load {result['load_average'][0][0]:.1f} → {result['load_average'][1][0]:.1f}")
     console.print(json.dumps(result["versions"]))
 

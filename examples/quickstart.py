@@ -94,7 +94,7 @@ def smollm2(adapter: Path, text: Path) -> Shown:
         place=f"{BASE.relative_to(ROOT)} --adapter {adapter.relative_to(ROOT)}",
         text=text,
         policy="gate",
-        thresholds=(0.95, 0.9, 0.8, 0.7, 0.6, 0.5),
+        thresholds=(0.9, 0.8, 0.7, 0.6, 0.5),
         prompts=tuple([{"role": "user", "content": question}] for question in questions),
         choices={
             "full depth": {"method": "full"},
@@ -112,7 +112,7 @@ def english() -> Shown:
         place=str(ENGLISH.relative_to(ROOT)),
         text=SPEECHES,
         policy="max_prob",
-        thresholds=(0.95, 0.9, 0.8, 0.7, 0.6, 0.5),
+        thresholds=(0.9, 0.8, 0.7, 0.6, 0.5),
         prompts=("Fellow citizens, the", "The whale"),
         choices={
             "full depth": {"method": "full"},
@@ -211,7 +211,7 @@ def measure(shown: Shown) -> dict[str, Any]:
     if not file.exists():
         rows = text_rows(shown.text, shown.model, seq_len=256, max_tokens=4096)
         quality = evaluate(shown.model, rows)
-        config = CurveConfig(thresholds=shown.thresholds, policy=shown.policy, num_prompts=2)
+        config = CurveConfig(thresholds=shown.thresholds, policy=shown.policy, num_prompts=3)
         curve = measure_curve(shown.model, rows, quality.table, config)
         lossless = [Setting(name=method, options={"method": method}) for method in ("speculative", "auto")]
         speeds = measure_speed(shown.model, lossless, num_tokens=64, rounds=3)
@@ -243,11 +243,15 @@ def honest_words(shown: Shown, data: Mapping[str, Any]) -> list[str]:
     early = [exit for exit in data["quality"]["exits"] if exit["kind"] != "final"]
     shares = " and ".join(f"{exit['agreement']:.0%} after layer {exit['layer']}" for exit in early)
     left = [f"τ = {p['threshold']}: {1 - p['taken'][final]:.0%} leave early, {wrong(p, final)}" for p in points]
-    safe = [p["measured"]["speedup"] for p in points if p["agreement"] >= SAFE]
-    speed = f"Under none of these do {SAFE:.0%} of all choices stay the full model's."
-    if safe:
-        speed = f"Where at least {SAFE:.0%} of all choices stay the full model's, the best measured speed of leaving "
-        speed += f"early is {max(safe):.2f} times full depth."
+    quicker = [p["measured"] for p in points if p["agreement"] >= SAFE and p["measured"]["speedup_range"][0] > 1]
+    speed = (
+        f"Where at least {SAFE:.0%} of all choices stay the full model's, leaving early wasn't faster on every prompt."
+    )
+    if quicker:
+        best = max(quicker, key=lambda measured: measured["speedup"])
+        low, high = best["speedup_range"]
+        speed = f"Where at least {SAFE:.0%} of all choices stay the full model's, leaving early is up to "
+        speed += f"{best['speedup']:.2f} times as fast as full depth ({low:.2f} to {high:.2f})."
     lossless, guarded = (data["speed"][name]["ratio"] for name in ("speculative", "auto"))
     return [
         f"Of {final} layers: the exits make the model's own choice for {shares}, of the tokens of a text that they "
