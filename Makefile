@@ -29,11 +29,18 @@ $(STAMP): pyproject.toml
 quickstart: $(STAMP)
 	$(BIN)/python examples/quickstart.py $(if $(TUNE_STEPS),--tune-steps $(TUNE_STEPS))
 
+# tests of one process each share the cores; those of several have them for themselves
+ALONE := tests/distributed
+SHARED := -n 2 --dist loadfile --ignore $(ALONE)
+
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SHARED)
+	$(BIN)/python -m pytest $(ALONE)
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest $(SHARED)
+	$(BIN)/python -m pytest $(ALONE) -m "slow or not slow"
+	$(BIN)/python -m pytest --ignore $(ALONE) -m slow
 
 coverage: $(STAMP)
 	$(BIN)/python -m pytest -m "slow or not slow" --cov --cov-report=term:skip-covered

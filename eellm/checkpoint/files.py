@@ -96,7 +96,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     path.touch()
-    mode = path.stat().st_mode  # that of any new file here; safetensors from 0.8 on lets nobody but the owner read its own
+    mode = (
+        path.stat().st_mode
+    )  # that of any new file here; safetensors from 0.8 on lets nobody but the owner read its own
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
     path.chmod(mode)
 

@@ -7,11 +7,11 @@ template <int E16>
 static inline void attend_to(const float* q, const float* keys, const float* values, int64_t count, float* scores, float* y) {
     constexpr int64_t E = E16 * 16;
     v16 query[E16];
-    for (int e = 0; e < E16; e++) query[e] = load(q + e * 16);
+    times<E16>([&](auto e) { query[e] = load(q + e * 16); });
     float scale = 1.0f / std::sqrt(static_cast<float>(E)), top = -INFINITY;
     for (int64_t s = 0; s < count; s++) {
         v16 dot = query[0] * load(keys + s * E);
-        for (int e = 1; e < E16; e++) dot += query[e] * load(keys + s * E + e * 16);
+        times<E16 - 1>([&](auto e) { dot += query[e + 1] * load(keys + s * E + (e + 1) * 16); });
         scores[s] = sum(dot) * scale;
         top = scores[s] > top ? scores[s] : top;
     }
@@ -24,9 +24,9 @@ static inline void attend_to(const float* q, const float* keys, const float* val
     }
     v16 acc[E16] = {};
     for (int64_t s = 0; s < count; s++)
-        for (int e = 0; e < E16; e++) acc[e] += load(values + s * E + e * 16) * scores[s];
+        times<E16>([&](auto e) { acc[e] += load(values + s * E + e * 16) * scores[s]; });
     float share = 1.0f / sum(total);
-    for (int e = 0; e < E16; e++) store(y + e * 16, acc[e] * share);
+    times<E16>([&](auto e) { store(y + e * 16, acc[e] * share); });
 }
 
 static inline void attend(int64_t E, const float* q, const float* keys, const float* values, int64_t count, float* scores, float* y) {

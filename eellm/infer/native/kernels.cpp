@@ -163,7 +163,7 @@ static Best best_of(const float* logits, int64_t end) {
     Best best{-INFINITY, -INFINITY, 0, 0, 0};
     int64_t i = 0;
     v16 top = all(-INFINITY);
-    for (; i + 16 <= end; i += 16) top = load(logits + i) > top ? load(logits + i) : top;
+    for (; i + 16 <= end; i += 16) top = larger(load(logits + i), top);
     best.top = largest(top);
     for (; i < end; i++) best.top = std::max(best.top, logits[i]);
     while (best.token < end - 1 && logits[best.token] != best.top) best.token++;
@@ -176,7 +176,7 @@ static Best best_of(const float* logits, int64_t end) {
             total += e;
             weighted += e * (x - best.top);
             if (i <= best.token && best.token < i + 16) x[best.token - i] = -INFINITY;
-            second = x > second ? x : second;
+            second = larger(x, second);
         }
         best.total += sum(total), best.weighted += sum(weighted);
     }

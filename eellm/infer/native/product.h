@@ -10,7 +10,6 @@
 
 enum Kind : int64_t { FLOAT32 = 0, INT8 = 1, INT4 = 2 };
 constexpr int64_t GROUP = 32;  // inputs that share a scale under int4
-constexpr int64_t TILE_ROWS = 6;
 
 struct Matrix {
     const void* weight;    // float32 and int8: (panels, I, 16). int4: (panels, I / 2, 16), the even input's code low
@@ -31,9 +30,8 @@ template <int R, int P>
 static inline void tile_float32(const float* w, const float* x, int64_t I, v16 (&acc)[R][P]) {
     for (int64_t i = 0; i < I; i++) {
         v16 weight[P];
-        for (int p = 0; p < P; p++) weight[p] = load(w + (p * I + i) * 16);
-        for (int r = 0; r < R; r++)
-            for (int p = 0; p < P; p++) acc[r][p] += weight[p] * x[r * I + i];
+        times<P>([&](auto p) { weight[p] = load(w + (p * I + i) * 16); });
+        times<R>([&](auto r) { times<P>([&](auto p) { acc[r][p] += weight[p] * x[r * I + i]; }); });
     }
 }
 
@@ -41,36 +39,35 @@ template <int R, int P>
 static inline void tile_int8(const int8_t* w, const float* scales, const float* x, int64_t I, v16 (&acc)[R][P]) {
     for (int64_t i = 0; i < I; i++) {
         v16 weight[P];
-        for (int p = 0; p < P; p++) weight[p] = floats(w + (p * I + i) * 16);
-        for (int r = 0; r < R; r++)
-            for (int p = 0; p < P; p++) acc[r][p] += weight[p] * x[r * I + i];
+        times<P>([&](auto p) { weight[p] = floats(w + (p * I + i) * 16); });
+        times<R>([&](auto r) { times<P>([&](auto p) { acc[r][p] += weight[p] * x[r * I + i]; }); });
     }
-    for (int r = 0; r < R; r++)
-        for (int p = 0; p < P; p++) acc[r][p] *= load(scales + p * 16);
+    times<R>([&](auto r) { times<P>([&](auto p) { acc[r][p] *= load(scales + p * 16); }); });
 }
 
 template <int R, int P>
 static inline void tile_int4(const uint8_t* w, const float* scales, const float* x, const float* sums, int64_t I, v16 (&acc)[R][P]) {
     int64_t num_groups = I / GROUP;
     for (int64_t g = 0; g < num_groups; g++) {
-        v16 part[R][P] = {};
+        v16 group[R][P] = {};
         for (int64_t i = g * GROUP; i < (g + 1) * GROUP; i += 2) {
             v16 even[P], odd[P];
-            for (int p = 0; p < P; p++) halves(w + (p * I + i) * 8, even[p], odd[p]);
-            for (int r = 0; r < R; r++)
-                for (int p = 0; p < P; p++) {
-                    part[r][p] += even[p] * x[r * I + i];
-                    part[r][p] += odd[p] * x[r * I + i + 1];
-                }
+            times<P>([&](auto p) { halves(w + (p * I + i) * 8, even[p], odd[p]); });
+            times<R>([&](auto r) {
+                times<P>([&](auto p) {
+                    group[r][p] += even[p] * x[r * I + i];
+                    group[r][p] += odd[p] * x[r * I + i + 1];
+                });
+            });
         }
-        for (int p = 0; p < P; p++) {
+        times<P>([&](auto p) {
             const float* s = scales + (p * num_groups + g) * 32;
             v16 scale = load(s), middle = load(s + 16);
-            for (int r = 0; r < R; r++) {
-                acc[r][p] += part[r][p] * scale;
+            times<R>([&](auto r) {
+                acc[r][p] += group[r][p] * scale;
                 acc[r][p] += middle * sums[r * num_groups + g];
-            }
-        }
+            });
+        });
     }
 }
 
@@ -83,24 +80,29 @@ static inline void tile(const Matrix& m, int64_t panel, const float* x, const fl
     if (m.kind == INT8) tile_int8<R, P>(static_cast<const int8_t*>(m.weight) + at, m.scales + panel * 16, x + row * I, I, acc);
     if (m.kind == INT4)
         tile_int4<R, P>(static_cast<const uint8_t*>(m.weight) + at / 2, m.scales + panel * I, x + row * I, sums + row * (I / GROUP), I, acc);
-    for (int r = 0; r < R; r++) {
-        if (m.bias)
-            for (int p = 0; p < P; p++) acc[r][p] += load(m.bias + (panel + p) * 16);
+    times<R>([&](auto r) {
+        if (m.bias) times<P>([&](auto p) { acc[r][p] += load(m.bias + (panel + p) * 16); });
         put(row + r, panel, acc[r], P);
+    });
+}
+
+// Rows of a tile: as many as leave its sums and weights in registers, of which AVX-512 has 32 for v16, AVX2 16 for halves.
+constexpr int most_rows(int P) { return PARTS == 1 ? 6 : P == 1 ? 6 : P == 2 ? 3 : 1; }
+
+template <int R, int P, class Put>
+static inline void rows_left(const Matrix& m, int64_t panel, const float* x, const float* sums, int64_t row, int64_t N, const Put& put) {
+    if constexpr (R > 0) {
+        if (N - row == R) return tile<R, P>(m, panel, x, sums, row, put);
+        rows_left<R - 1, P>(m, panel, x, sums, row, N, put);
     }
 }
 
 template <int P, class Put>
 static inline void rows_of_panels(const Matrix& m, int64_t panel, const float* x, const float* sums, int64_t N, const Put& put) {
+    constexpr int R = most_rows(P);
     int64_t row = 0;
-    for (; row + TILE_ROWS <= N; row += TILE_ROWS) tile<TILE_ROWS, P>(m, panel, x, sums, row, put);
-    switch (N - row) {
-        case 1: return tile<1, P>(m, panel, x, sums, row, put);
-        case 2: return tile<2, P>(m, panel, x, sums, row, put);
-        case 3: return tile<3, P>(m, panel, x, sums, row, put);
-        case 4: return tile<4, P>(m, panel, x, sums, row, put);
-        case 5: return tile<5, P>(m, panel, x, sums, row, put);
-    }
+    for (; row + R <= N; row += R) tile<R, P>(m, panel, x, sums, row, put);
+    rows_left<R - 1, P>(m, panel, x, sums, row, N, put);
 }
 
 // This thread's share of the panels, `unit` of them staying together. x: (N, I). sums: as `group_sums` has them.
@@ -108,9 +110,11 @@ template <class Put>
 static inline void product(const Matrix& m, const float* x, const float* sums, int64_t N, int64_t unit, int thread, int num_threads, const Put& put) {
     int64_t num_units = m.num_panels() / unit;
     int64_t panel = num_units * thread / num_threads * unit, end = num_units * (thread + 1) / num_threads * unit;
-    // int4 keeps a second sum of each output: two panels at a time, or it runs out of registers
-    if (m.kind != INT4 || N == 1)
+    // several panels at a time read a row's inputs once, as long as there are registers; int4 keeps a second sum of each output
+    bool is_wide = PARTS == 1 ? m.kind != INT4 || N == 1 : m.kind != INT4 && N == 1;
+    if (is_wide)
         for (; panel + 4 <= end; panel += 4) rows_of_panels<4>(m, panel, x, sums, N, put);
-    for (; panel + 2 <= end; panel += 2) rows_of_panels<2>(m, panel, x, sums, N, put);
-    if (panel < end) rows_of_panels<1>(m, panel, x, sums, N, put);
+    if (PARTS == 1 || unit == 2 || N < 6 || m.kind == FLOAT32)
+        for (; panel + 2 <= end; panel += 2) rows_of_panels<2>(m, panel, x, sums, N, put);
+    for (; panel < end; panel++) rows_of_panels<1>(m, panel, x, sums, N, put);
 }

@@ -1,23 +1,90 @@
-// Sixteen floats at a time, in the compiler's own vector types: one AVX-512 register, two of AVX2, four of NEON.
+// Sixteen floats at a time: one register of AVX-512, two of AVX2, four of NEON.
 #pragma once
-#if defined(__AVX512F__)
+#if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
 #include <cmath>
 #include <cstdint>
+#include <utility>
 
+#if defined(__AVX512F__)
+constexpr int PARTS = 1;
 using v16 = float __attribute__((vector_size(64), aligned(4)));
-using i16 = int32_t __attribute__((vector_size(64), aligned(4)));
+using part = v16;
+using ints = int32_t __attribute__((vector_size(64), aligned(4)));
+#else
+// NOTE in parts as wide as a register: the compiler keeps vectors that are wider in memory, at a tenth of the speed
+#if defined(__AVX__)
+constexpr int PARTS = 2;
+#else
+constexpr int PARTS = 4;
+#endif
+using part = float __attribute__((vector_size(64 / PARTS), aligned(4)));
+using ints = int32_t __attribute__((vector_size(64 / PARTS), aligned(4)));
+
+struct v16 {
+    part at[PARTS];
+    float& operator[](int64_t i) { return reinterpret_cast<float*>(this)[i]; }
+    float operator[](int64_t i) const { return reinterpret_cast<const float*>(this)[i]; }
+};
+
+template <class F>
+static inline v16 by_part(const F& f) {
+#if defined(__AVX__)
+    return {f(0), f(1)};
+#else
+    return {f(0), f(1), f(2), f(3)};
+#endif
+}
+
+static inline v16 operator+(const v16& x, const v16& y) { return by_part([&](int k) { return x.at[k] + y.at[k]; }); }
+static inline v16 operator*(const v16& x, const v16& y) { return by_part([&](int k) { return x.at[k] * y.at[k]; }); }
+static inline v16 operator*(const v16& x, float y) { return by_part([&](int k) { return x.at[k] * y; }); }
+static inline v16 operator-(const v16& x, float y) { return by_part([&](int k) { return x.at[k] - y; }); }
+static inline v16& operator+=(v16& x, const v16& y) { return x = x + y; }
+static inline v16& operator*=(v16& x, const v16& y) { return x = x * y; }
+#endif
+
+// f(0) … f(N - 1), each a constant of its own: sums that are found by constants stay in registers.
+template <class F, int... K>
+static inline void times(const F& f, std::integer_sequence<int, K...>) { (f(std::integral_constant<int, K>{}), ...); }
+template <int N, class F>
+static inline void times(const F& f) { times(f, std::make_integer_sequence<int, N>{}); }
 
 static inline v16 load(const float* p) { return *reinterpret_cast<const v16*>(p); }
-static inline void store(float* p, v16 x) { *reinterpret_cast<v16*>(p) = x; }
-static inline v16 all(float x) { return x - v16{}; }
+static inline void store(float* p, const v16& x) { *reinterpret_cast<v16*>(p) = x; }
+
+// What a function makes of each part.
+template <class F>
+static inline v16 each(const v16& x, const F& f) {
+#if defined(__AVX512F__)
+    return f(x);
+#else
+    return by_part([&](int k) { return f(x.at[k]); });
+#endif
+}
+
+static inline v16 all(float x) {
+    return each(v16{}, [=](part zero) { return x - zero; });
+}
+
+static inline v16 larger(const v16& x, const v16& y) {
+#if defined(__AVX512F__)
+    return x > y ? x : y;
+#else
+    return by_part([&](int k) { return x.at[k] > y.at[k] ? x.at[k] : y.at[k]; });
+#endif
+}
 
 // Sixteen bytes as floats; NOTE the compiler's own conversion of such a vector goes through memory, byte by byte.
 static inline v16 floats(const int8_t* p) {
 #if defined(__AVX512F__)
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+    return by_part([=](int k) -> part {
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * k))));
+    });
 #else
     v16 y;
     for (int i = 0; i < 16; i++) y[i] = p[i];
@@ -31,44 +98,54 @@ static inline void halves(const uint8_t* p, v16& low, v16& high) {
     __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     low = _mm512_cvtepi32_ps(_mm512_and_si512(codes, _mm512_set1_epi32(15)));
     high = _mm512_cvtepi32_ps(_mm512_srli_epi32(codes, 4));
+#elif defined(__AVX2__)
+    for (int k = 0; k < PARTS; k++) {
+        __m256i codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * k)));
+        low.at[k] = _mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32(15)));
+        high.at[k] = _mm256_cvtepi32_ps(_mm256_srli_epi32(codes, 4));
+    }
 #else
     for (int i = 0; i < 16; i++) low[i] = p[i] & 15, high[i] = p[i] >> 4;
 #endif
 }
 
-static inline float sum(v16 x) {
+static inline float sum(const v16& x) {
     float s[8];
     for (int i = 0; i < 8; i++) s[i] = x[i] + x[i + 8];
     return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
 }
 
-static inline float largest(v16 x) {
+static inline float largest(const v16& x) {
     float y = x[0];
     for (int i = 1; i < 16; i++) y = x[i] > y ? x[i] : y;
     return y;
 }
 
 // e^x to about 1 in 10^7: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. Below -87 it is as good as 0.
-static inline v16 exp(v16 x) {
-    x = x < all(-87.0f) ? all(-87.0f) : x;
-    x = x > all(88.0f) ? all(88.0f) : x;
-    v16 t = x * 1.44269504f;
-    i16 n = __builtin_convertvector(t + (t < 0.0f ? all(-0.5f) : all(0.5f)), i16);
-    v16 f = __builtin_convertvector(n, v16);
-    v16 r = x - f * 0.693359375f + f * 2.12194440e-4f;  // ln 2 in two parts
-    v16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+static inline part exp_of(part x) {
+    const part zero = {};
+    x = x < zero - 87.0f ? zero - 87.0f : x;
+    x = x > zero + 88.0f ? zero + 88.0f : x;
+    part t = x * 1.44269504f;
+    ints n = __builtin_convertvector(t + (t < zero ? zero - 0.5f : zero + 0.5f), ints);
+    part f = __builtin_convertvector(n, part);
+    part r = x - f * 0.693359375f + f * 2.12194440e-4f;  // ln 2 in two parts
+    part p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    return (p * r * r + r + 1.0f) * reinterpret_cast<v16>((n + 127) << 23);
+    return (p * r * r + r + 1.0f) * reinterpret_cast<part>((n + 127) << 23);
 }
+
+static inline v16 exp(const v16& x) { return each(x, exp_of); }
 
 enum Activation : int64_t { SILU = 0, GELU = 1, GELU_TANH = 2 };
 
-static inline v16 activated(v16 x, int64_t activation) {
-    if (activation == SILU) return x / (1.0f + exp(-x));
-    if (activation == GELU_TANH) return x / (1.0f + exp(x * (-1.59576912f - 0.0713548163f * x * x)));
+static inline v16 activated(const v16& x, int64_t activation) {
+    if (activation == SILU) return each(x, [](part x) { return x / (1.0f + exp_of(-x)); });
+    if (activation == GELU_TANH)
+        return each(x, [](part x) { return x / (1.0f + exp_of(x * (-1.59576912f - 0.0713548163f * x * x))); });
     v16 y;
     for (int i = 0; i < 16; i++) y[i] = 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.707106781f));
     return y;
