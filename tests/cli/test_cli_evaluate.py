@@ -39,7 +39,7 @@ def files(directory):
 
 def test_a_table_with_a_row_per_exit_goes_to_stdout(model, text, capsys):
     assert main(["evaluate", model, "--text", text, *FAST]) == 0
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())  # a long path breaks the title's line
     for words in ("perplexity", "agrees with final", "mlp, tied", "norm, tied", "final", "100.0%", "299 tokens"):
         assert words in out
     assert "tok/s" not in out
