@@ -10,6 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 import eellm
+from tests.traffic import play
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,16 +42,7 @@ def assert_same(out, reference, *, exits=True, within=1e-6):
 
 def check_mix(engine, alone, events):
     """Runs what `traffic.events` drew; each request must get what it gets `alone`, as far as it came."""
-    handles = []
-    for kind, *rest in events:
-        if kind == "submit":
-            handles.append((engine.submit(rest[0], **rest[1]), rest))
-        elif kind == "step":
-            for _ in range(rest[0]):
-                engine.step()
-        elif handles:
-            handles[rest[0] % len(handles)][0].cancel()
-    for handle, (prompt, options) in handles:
+    for handle, prompt, options in play(engine, events):
         out = handle.result()
         method = "early" if options["method"] == "pipelined" else options["method"]
         (expected,) = alone.generate([prompt], **options | {"method": method})

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import eellm
 from eellm.errors import ConfigError, RequestError
 from tests.models import oracle, tiny_model
-from tests.traffic import LONG, events
+from tests.traffic import LOCAL_REQUESTS, LONG, events, play
 
 MODEL = tiny_model(seed=0)
 WINDOWED = tiny_model(seed=3, sliding_window=5, sliding_layers=(2, 5, 6), qk_norm=True)
@@ -43,38 +43,18 @@ def assert_is(out, model, prompt, options):
         assert num == options["max_new_tokens"]
 
 
-requests = st.fixed_dictionaries(
-    {
-        "method": st.sampled_from(["full", "early", "speculative"]),
-        "threshold": st.sampled_from([0.0, 0.2, 0.4, 0.7]),
-        "max_new_tokens": st.integers(1, 14),
-        "max_deferred": st.sampled_from([1, 2, 5, 16]),
-        "policy": st.sampled_from(["max_prob", "gate", "margin"]),
-        "exits": st.sampled_from([None, (1, 3, 5), (3,)]),
-        "max_draft": st.sampled_from([1, 3, 8]),
-        "always_draft": st.booleans(),
-        "lookup": st.booleans(),
-    }
-)
-
-
 @settings(max_examples=60, deadline=None)
-@given(events=events(requests), max_batch=st.integers(1, 5), chunk=st.sampled_from([3, 7, 256]), windowed=st.booleans())
+@given(
+    events=events(LOCAL_REQUESTS),
+    max_batch=st.integers(1, 5),
+    chunk=st.sampled_from([3, 7, 256]),
+    windowed=st.booleans(),
+)
 def test_requests_that_come_go_and_are_cancelled_at_random_get_the_oracle_s_tokens(events, max_batch, chunk, windowed):
     model = WINDOWED if windowed else MODEL
     engine = eellm.Engine(model, max_batch=max_batch)
     engine.scheduler.max_prompt_rows = chunk
-    handles = []
-    for kind, *rest in events:
-        if kind == "submit":
-            prompt, options = rest
-            handles.append((engine.submit(prompt, **options), prompt, options))
-        elif kind == "step":
-            for _ in range(rest[0]):
-                engine.step()
-        elif handles:
-            handles[rest[0] % len(handles)][0].cancel()
-    for handle, prompt, options in handles:
+    for handle, prompt, options in play(engine, events):
         assert_is(handle.result(), model, prompt, options)
     stats = engine.stats()
     assert (stats.num_running, stats.num_waiting, stats.num_free_slots) == (0, 0, max_batch)

@@ -16,7 +16,7 @@ from eellm.infer.prepare import make_network
 from tests.fixed import MODEL, STOPS, WINDOWED, a_walk, ahead, engine_on, parts, played, random
 from tests.models import oracle, tiny_model
 from tests.step_costs import step_costs
-from tests.traffic import LONG, events
+from tests.traffic import LOCAL_REQUESTS, LONG, events, play
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -89,23 +89,10 @@ def test_the_host_looks_once_for_each_head_and_where_it_pays_the_next_leg_has_st
 
 # --- engines ---
 
-requests = st.fixed_dictionaries(
-    {
-        "method": st.sampled_from(["full", "early", "speculative"]),
-        "threshold": st.sampled_from([0.0, 0.2, 0.4, 0.7]),
-        "max_new_tokens": st.integers(1, 14),
-        "max_deferred": st.sampled_from([1, 2, 5, 16]),
-        "policy": st.sampled_from(["max_prob", "gate", "margin"]),
-        "exits": st.sampled_from([None, (1, 3, 5), (3,)]),
-        "max_draft": st.sampled_from([1, 3, 8]),
-        "always_draft": st.booleans(),
-    }
-)
-
 
 @settings(max_examples=25)
 @given(
-    events=events(requests),
+    events=events(LOCAL_REQUESTS),
     max_batch=st.integers(1, 5),
     chunk=st.sampled_from([3, 7, 256]),
     windowed=st.booleans(),
@@ -118,21 +105,14 @@ def test_requests_of_any_mix_get_the_tokens_and_exits_of_ragged_passes(
     network = ahead(model) if starts_ahead else played(model)
     packed = PackedNetwork(model)
     packed.costs = network.costs = step_costs(STOPS)
-    handles = []
     with engine_on(network, model, max_batch=max_batch) as engine, engine_on(packed, model) as other:
         engine.scheduler.max_prompt_rows = chunk
-        for kind, *rest in events:
-            if kind == "submit":
-                handles.append((engine.submit(rest[0], **rest[1]), rest))
-            elif kind == "step":
-                for _ in range(rest[0]):
-                    engine.step()
-            elif handles:
-                handles[rest[0] % len(handles)][0].cancel()
-        for handle, (prompt, options) in handles:
+        for handle, prompt, options in play(engine, events):
             out = handle.result()
             (expected,) = other.generate([prompt], **options)
             num = len(out.tokens)
+            if out.finish_reason == "length":
+                assert num == options["max_new_tokens"]
             assert out.tokens == expected.tokens[:num]
             assert out.logprobs == pytest.approx(expected.logprobs[:num], abs=1e-5)
             if options["method"] != "speculative":
