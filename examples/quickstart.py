@@ -192,7 +192,9 @@ def chapter(shown: Shown, number: int) -> Chapter:
     console.print(evaluation_cells(data["quality"]).as_rich("Each exit on text it never learnt"))
     console.print(curve_cells(data["curve"]).as_rich(f"Quality against speed, {shown.policy}"))
     console.print(CURVE_LEGEND)
-    headline(number + 1, f"Generate with {name}", f'eellm generate {shown.place} --prompt "…" --threshold 0.6')
+    chat = "" if isinstance(shown.prompts[0], str) else "--chat "
+    command = f'eellm generate {shown.place} {chat}--prompt "…" --policy {shown.policy} --threshold 0.6'
+    headline(number + 1, f"Generate with {name}", command)
     return Chapter(
         title=shown.name,
         notes=honest_words(shown, data),
@@ -241,7 +243,7 @@ def honest_words(shown: Shown, data: Mapping[str, Any]) -> list[str]:
     """What leaving early gives on this model, in the figures that were just measured."""
     final, points = str(shown.model.config.num_layers), data["curve"]["points"]
     early = [exit for exit in data["quality"]["exits"] if exit["kind"] != "final"]
-    shares = " and ".join(f"{exit['agreement']:.0%} after layer {exit['layer']}" for exit in early)
+    layers, shares = (" and ".join(words) for words in zip(*(_at(exit) for exit in early), strict=True))
     left = [f"τ = {p['threshold']}: {1 - p['taken'][final]:.0%} leave early, {wrong(p, final)}" for p in points]
     quicker = [p["measured"] for p in points if p["agreement"] >= SAFE and p["measured"]["speedup_range"][0] > 1]
     speed = (
@@ -254,11 +256,15 @@ def honest_words(shown: Shown, data: Mapping[str, Any]) -> list[str]:
         speed += f"{best['speedup']:.2f} times as fast as full depth ({low:.2f} to {high:.2f})."
     lossless, guarded = (data["speed"][name]["ratio"] for name in ("speculative", "auto"))
     return [
-        f"Of {final} layers: the exits make the model's own choice for {shares}, of the tokens of a text that they "
-        f"never learnt. Under the {shown.policy} policy: " + "; ".join(left) + ".",
+        f"After {layers} layers of {final} an exit makes the model's own choice for {shares} of the tokens of a text "
+        f"that it never learnt. Under the {shown.policy} policy: " + "; ".join(left) + ".",
         f"{speed} Without any change of the text: {lossless:.2f} times by self-speculation, and "
         f"{guarded:.2f} times where the guard chooses the method (`auto`).",
     ]
+
+
+def _at(exit: Mapping[str, Any]) -> tuple[str, str]:
+    return str(exit["layer"]), f"{exit['agreement']:.0%}"
 
 
 def wrong(point: Mapping[str, Any], final: str) -> str:
