@@ -12,7 +12,8 @@ tokens.
 MODEL is a Hugging Face directory, by default the one that `make quickstart` made; llama.cpp reads the GGUF file that it
 was made from. --english, which may be given several times, names models that were trained with exits. Their exit rules
 are chosen on one half of the text that was held out (`make english` fetches it), by what they cost when they generate,
-and judged on the other half (`decode_rules`).
+and judged on the other half (`decode_rules`). Beside them stands what the exits allow at all: how fast the best rule
+could be if nothing but layers took time.
 
 The limit is memory: the time of the fastest of several ways to read as many bytes as the weights have, in the same
 turns, on as many threads, against the time from the first new token to the last.
@@ -95,6 +96,8 @@ def measure(row: Row, num_rounds: int, num_tokens: int) -> dict[str, Any]:
         return head | {"missing": missing}
     rules = row.model.study.rules(row.bound) if row.bound else []
     ours = row.ours
+    if row.bound:
+        head["limit"] = {f"head {layers}": row.model.study.limit(row.bound, layers) for layers in (0, 1)}
     if rules:
         (way,) = ours.ways
         ours = replace(ours, ways=tuple(way | rule.settings for rule in rules))
@@ -192,6 +195,8 @@ def remarks(result: dict[str, Any]) -> str:
             f"{rule['policy']} {taus}: agreement {quality['agreement']:.4f} ({chosen['agreement']:.4f} where chosen), "
             f"bits {quality['more_bits']:+.2%} ({chosen['more_bits']:+.2%})"
         )
+        for_nothing, as_layers = result["limit"].values()
+        words.append(f"these exits allow {for_nothing:.2f}, or {as_layers:.2f} where asking one takes a layer")
     if not result["keeps_bound"]:
         words.append("the rule doesn't keep its bound on other text")
     if result["same_tokens"] is not None and (result["must_be_same"] or not rule):

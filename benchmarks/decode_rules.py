@@ -88,6 +88,15 @@ class Study:
             chosen[str(rule.settings)] = rule
         return list(chosen.values())
 
+    def limit(self, bound: Bound, head: float = 0.0) -> float:
+        """How many times as fast as full depth the best rule that keeps the bound could be, whatever runs it.
+
+        head: what asking an exit takes, in layers. Passes for rows that waited count for nothing.
+        """
+        final = self.tables[0].final
+        allowed = [point for point in self._judged if point[2].keeps(bound)]
+        return (final + head) / min(_cost(threshold, quality, head) for _, threshold, quality in allowed)
+
     @cached_property
     def _judged(self) -> list[tuple[str, dict[int, float], Quality]]:
         """A grid of rules on the first half, for every policy that all exits have."""

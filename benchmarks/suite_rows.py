@@ -122,6 +122,9 @@ def _decode_remarks(row: Mapping[str, Any]) -> list[str]:
     if rule := row["rule"]:
         quality = rule["elsewhere"]
         words.append(f"agreement {quality['agreement']:.1%}, bits {quality['more_bits']:+.2%}")
+        words.append(
+            "these exits allow {:.2f}, or {:.2f} where asking one takes a layer".format(*row["limit"].values())
+        )
     if not row["keeps_bound"]:
         words.append("the rule doesn't keep its bound on other text")
     if row["same_tokens"] is not None and (row["must_be_same"] or not rule):

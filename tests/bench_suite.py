@@ -20,6 +20,7 @@ def importable(directory):
 
 
 with importable(BENCHMARKS):
+    import decode_rules
     import decode_turns
     import english_pair
     import peers
@@ -32,6 +33,7 @@ with importable(BENCHMARKS):
     import suite_training
 
 MODULES = (
+    decode_rules,
     decode_turns,
     english_pair,
     peers,
