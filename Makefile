@@ -44,7 +44,9 @@ test-all: $(STAMP)
 	$(BIN)/python -m pytest --ignore $(WORLDS) -m slow
 
 coverage: $(STAMP)
-	$(BIN)/python -m pytest -m "slow or not slow" --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest $(TWO) --ignore $(WORLDS) --cov --cov-report=
+	$(BIN)/python -m pytest $(TWO) $(WORLDS) -m "slow or not slow" --cov --cov-append --cov-report=
+	$(BIN)/python -m pytest --ignore $(WORLDS) -m slow --cov --cov-append --cov-report=term:skip-covered
 
 check: $(STAMP)
 	$(BIN)/ruff check .
