@@ -8,6 +8,7 @@ import torch
 import eellm
 from eellm.exits.policy import SCORES
 from eellm.infer.native.build import COMPILERS
+from eellm.infer.sampling import Sampler
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, COMPILERS)), reason="no C++ compiler is installed; torch computes then"
@@ -71,6 +72,20 @@ def oracle(model, prompt, *, num_tokens, thresholds, policy="max_prob"):
         out.append((token, layer, float(logits[layer].log_softmax(-1)[token]), score))
         tokens.append(token)
     return out
+
+
+@torch.inference_mode()
+def drawn_oracle(model, prompt, num_tokens, sampling):
+    """What a sampler draws from `model(tokens)` at full depth without any cache, one token at a time.
+
+    Returns one (token, log-probability under the raw logits) per new token.
+    """
+    sampler, tokens, rows = Sampler(sampling, prompt, torch.device("cpu")), list(prompt), []
+    for _ in range(num_tokens):
+        logits = model(torch.tensor([tokens]))[model.config.num_layers][0, -1].float()
+        tokens.append(sampler.draw(logits))
+        rows.append((tokens[-1], float(logits.log_softmax(-1)[tokens[-1]])))
+    return rows
 
 
 def _score(model, context, layer, logits, policy):

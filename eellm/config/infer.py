@@ -38,7 +38,8 @@ class Sampling:
     frequency_penalty: float = 0.0
     """Taken off the logits of tokens that the answer has already, once for each time."""
     seed: int | None = None
-    """Makes a request's draws repeatable, whatever runs beside it. Every prompt of a call starts from this seed."""
+    """Makes a request's draws repeatable, whatever runs beside it and whatever drafts. Every prompt of a call starts
+    from this seed."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 0, "temperature", "top_k", "seed")

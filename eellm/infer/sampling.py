@@ -1,32 +1,34 @@
-"""Drawing a token from logits: penalties → temperature → top-k → top-p → min-p → draw.
+"""Drawing a token from logits: penalties → temperature → top-k → top-p → min-p → choice.
 
-One uniform draw per token from the request's own generator, so that a request's tokens depend on its seed alone.
+The choice at each place of an answer is made by that place's luck (`eellm.infer.luck`), which follows from the
+request's seed alone. So whoever draws there draws alike: an exit that drafts, the final exit that judges it, and full
+depth.
 Shapes: V vocabulary.
 """
 
+import secrets
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from eellm.config.infer import Sampling
+from eellm.infer.luck import chosen
 
 
 class Sampler:
-    """One request's sampling state: its generator and the tokens that the penalty applies to."""
+    """One request's sampling state: its seed, its place in the answer, and the tokens that penalties apply to."""
 
     def __init__(self, sampling: Sampling, prompt: Iterable[int], device: torch.device) -> None:
         self.sampling = sampling
+        self.seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
+        self.place = 0
+        """Of the next token: how many of the answer's were accepted."""
         self.seen = torch.tensor(sorted(set(prompt)), device=device)
         self.said: list[int] = []
         """The answer's tokens, where penalties count them."""
         self.penalises_seen = sampling.repetition_penalty != 1.0
         self.penalises_said = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
-        self.generator = torch.Generator(device)
-        if sampling.seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(sampling.seed)
 
     @property
     def takes_likeliest(self) -> bool:
@@ -35,23 +37,21 @@ class Sampler:
 
     def draw(self, logits_V: Tensor) -> int:
         """The next token's id, from raw float32 logits. Penalties apply to it from then on."""
-        if self.sampling.temperature == 0:
-            token = int(self._penalised(logits_V, ()).argmax())
-        else:
-            token = self.draw_from(self.probabilities(logits_V))
+        token = self.token(logits_V)
         self.accept(token)
         return token
 
-    def draw_from(self, weights_V: Tensor) -> int:
-        """A token with probability in proportion to its weight."""
-        return int(torch.multinomial(weights_V, 1, generator=self.generator))
+    def token(self, logits_V: Tensor, drafted: Sequence[int] = ()) -> int:
+        """The token that these raw float32 logits give behind the drafted ones, which aren't accepted yet."""
+        return self.choice(self.probabilities(logits_V, drafted), self.place + len(drafted))
 
-    def uniform(self) -> float:
-        """A number from [0, 1)."""
-        return float(torch.rand((), generator=self.generator, device=self.generator.device))
+    def choice(self, probabilities_V: Tensor, place: int) -> int:
+        """The token that is chosen from any distribution at this place of the answer."""
+        return chosen(probabilities_V, self.seed, place)
 
     def accept(self, token: int) -> None:
-        """Penalties apply to `token` from now on."""
+        """The answer goes on with `token`; penalties apply to it from now on."""
+        self.place += 1
         if self.penalises_seen:
             self.seen = torch.cat((self.seen, self.seen.new_tensor([token])))
         if self.penalises_said:

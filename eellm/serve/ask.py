@@ -138,14 +138,10 @@ def _options(body: Asked, config: ServeConfig, stops: tuple[str, ...], top_logpr
 
 
 def _method(body: Asked, config: ServeConfig) -> Method:
-    """NOTE under `auto` how many draws a token takes depends on what drafts cost, so a seed wouldn't fix the answer."""
     exit = body.early_exit
     if exit.method is not None:
         return exit.method
-    if exit.is_lossy:
-        return "early"
-    is_drawn = body.temperature > 0
-    return "full" if config.method == "auto" and is_drawn and body.seed is not None else config.method
+    return "early" if exit.is_lossy else config.method
 
 
 def _sampling(body: Asked) -> Sampling:

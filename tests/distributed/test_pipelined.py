@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from eellm.errors import ConfigError, WorkerError
 from eellm.evaluate.curve import CurveConfig, measure_curve
 from eellm.evaluate.perplexity import evaluate
 from eellm.infer.pipelined.start import stages_of
-from tests.engines import REQUESTS, ROOT, assert_same, check_mix, is_running, run_python, wait_until_ended
+from tests.engines import DRAWN, REQUESTS, ROOT, assert_same, check_mix, is_running, run_python, wait_until_ended
 from tests.models import EXITS, needs_compiler, tiny_config, tiny_model
 from tests.traffic import LONG, events
 from tests.unit.test_certificates import certificate_for
@@ -59,6 +60,20 @@ def test_pipelined_gives_the_tokens_exits_and_log_probabilities_of_early(engine,
     assert len(taken) > 2, "the test means nothing unless tokens leave at several exits"
     for out, expected in zip(engine.generate(PROMPTS, method="pipelined", **options), reference, strict=True):
         assert_same(out, expected)
+
+
+def test_sampled_tokens_are_full_depth_s_over_stages_whatever_is_drafted(engine, alone):
+    for number, prompt in enumerate(PROMPTS):
+        options = {"max_new_tokens": 20, "sampling": replace(DRAWN, seed=number)}
+        (full,) = alone.generate([prompt], method="full", **options)
+        for fields in (
+            {"method": "full"},
+            {"method": "pipelined", "threshold": 1},
+            {"method": "speculative", "always_draft": True, "threshold": 0.0},
+            {"method": "speculative", "always_draft": True, "lookup": False, "exits": [3], "threshold": 0.2},
+        ):
+            (out,) = engine.generate([prompt], **fields, **options)
+            assert_same(out, full, exits=False)
 
 
 def test_a_curve_of_the_pipeline_stops_where_one_of_early_does():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import eellm
 from eellm.infer.sampling import Sampler, filtered, penalised
-from tests.models import tiny_model
+from tests.models import drawn_oracle, tiny_model
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 LOGITS = [2.0, -1.0, 0.5, 1.5, -3.0, 0.0, 1.4, -0.5, 2.1, 0.3]
@@ -48,18 +48,10 @@ def shares(logits, *, seen=(), temperature=1.0, repetition_penalty=1.0, **option
 
 
 def frequencies(sampling, num_draws, *, logits=LOGITS, prompt=()):
-    """How often each token is drawn. The penalty would see what is drawn, so each draw is a request's first."""
+    """How often each token is drawn, at as many places. Nothing is accepted: the penalty would see it."""
     logits = torch.tensor(logits)
-    if sampling.repetition_penalty == 1:
-        sampler = Sampler(sampling, prompt, logits.device)
-        draws = [sampler.draw(logits) for _ in range(num_draws)]
-    else:
-        first = Sampler(sampling, prompt, logits.device)
-        draws = []
-        for _ in range(num_draws):
-            sampler = Sampler(sampling, prompt, logits.device)
-            sampler.generator = first.generator
-            draws.append(sampler.draw(logits))
+    sampler = Sampler(sampling, prompt, logits.device)
+    draws = [sampler.choice(sampler.probabilities(logits), place) for place in range(num_draws)]
     return np.bincount(draws, minlength=len(logits)) / num_draws
 
 
@@ -156,17 +148,6 @@ def test_the_penalty_sees_the_prompt_and_each_token_drawn():
 # --- in generation ---
 
 
-@torch.inference_mode()
-def replay(model, prompt, num_tokens, sampling):
-    """What a sampler draws from `model(tokens)` without any cache; the log-probability is of the raw logits."""
-    sampler, tokens, rows = Sampler(sampling, prompt, torch.device("cpu")), list(prompt), []
-    for _ in range(num_tokens):
-        logits = model(torch.tensor([tokens]))[model.config.num_layers][0, -1].float()
-        tokens.append(sampler.draw(logits))
-        rows.append((tokens[-1], float(logits.log_softmax(-1)[tokens[-1]])))
-    return rows
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -179,7 +160,7 @@ def replay(model, prompt, num_tokens, sampling):
 def test_generation_draws_from_the_logits_of_the_whole_context_and_reports_raw_log_probabilities(options):
     model, sampling = tiny_model(seed=2), eellm.Sampling(**options)
     (out,) = eellm.generate(model, [PROMPT], max_new_tokens=24, method="full", sampling=sampling)
-    expected = replay(model, PROMPT, 24, sampling)
+    expected = drawn_oracle(model, PROMPT, 24, sampling)
     assert out.tokens == [token for token, _ in expected]
     assert out.logprobs == pytest.approx([logprob for _, logprob in expected], abs=1e-5)
     greedy = eellm.generate(model, [PROMPT], max_new_tokens=24, method="full")[0]

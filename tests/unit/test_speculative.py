@@ -1,4 +1,4 @@
-"""Self-speculation is lossless: greedy tokens are full depth's, sampled ones have its distribution."""
+"""Self-speculation is lossless: tokens are full depth's, greedy and sampled, and so have its distribution."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 import eellm
 from eellm.infer.prepare import network_of
 from eellm.infer.sampling import filtered
-from tests.models import oracle, tiny_model
+from tests.models import agreeing_model, drawn_oracle, oracle, tiny_model
 from tests.step_costs import step_costs
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -95,6 +95,65 @@ def test_typical_acceptance_takes_drafts_that_full_depth_would_not_choose():
 
 
 # --- sampling ---
+
+DRAWS = [
+    {"temperature": 1.5},
+    {"temperature": 1.2, "top_k": 4, "min_p": 0.02},
+    {"temperature": 0.9, "top_p": 0.8, "repetition_penalty": 1.4},
+    {"temperature": 2.0, "top_k": 9, "presence_penalty": 0.6, "frequency_penalty": 0.3},
+    {"repetition_penalty": 1.5, "frequency_penalty": 0.2},
+]
+DRAFTERS = [
+    {"lookup": False, "threshold": 0.0, "max_draft": 1},
+    {"lookup": False, "threshold": 0.0, "max_draft": 6, "max_deferred": 4},
+    {"lookup": False, "threshold": 0.2, "exits": [3, 5]},
+    {"lookup": True, "exits": []},
+    {"lookup": True, "threshold": 0.1},
+]
+
+
+@pytest.mark.parametrize("draws", DRAWS)
+def test_sampled_tokens_are_those_of_full_depth_whatever_is_drafted(draws):
+    accepted = 0
+    for seed in (0, 3, 2**64 - 1):
+        model, sampling = priced(tiny_model(seed=4)), eellm.Sampling(**draws, seed=seed)
+        expected = drawn_oracle(model, PROMPT, 40, sampling)
+        (full,) = eellm.generate(model, [PROMPT], max_new_tokens=40, method="full", sampling=sampling)
+        assert full.tokens == [token for token, _ in expected]
+        (early,) = eellm.generate(model, [PROMPT], max_new_tokens=40, threshold=1, sampling=sampling)
+        assert early.tokens == full.tokens
+        for drafter in DRAFTERS:
+            out = greedy(model, sampling=sampling, **drafter)
+            assert out.tokens == full.tokens
+            assert out.logprobs == pytest.approx([logprob for _, logprob in expected], abs=1e-5)
+            accepted += out.stats.accepted
+    assert accepted > 20, "drafts must be accepted now and then, or nothing is tested"
+
+
+def test_sampled_tokens_of_a_mixed_batch_are_those_of_full_depth_alone():
+    model = priced(tiny_model(seed=4))
+    wishes = [
+        (PROMPT[: 2 + number % 6], eellm.Sampling(**draws, seed=number), drafter | {"always_draft": number % 3 > 0})
+        for number, (draws, drafter) in enumerate((draws, drafter) for draws in DRAWS for drafter in DRAFTERS)
+    ]
+    with eellm.Engine(model, max_batch=7) as engine:
+        handles = [
+            engine.submit(prompt, method="speculative", max_new_tokens=12 + 3 * (number % 5), sampling=draws, **drafter)
+            for number, (prompt, draws, drafter) in enumerate(wishes)
+        ]
+        for handle, (prompt, sampling, _) in zip(handles, wishes, strict=True):
+            out = handle.result()
+            assert out.tokens == [token for token, _ in drawn_oracle(model, prompt, len(out.tokens), sampling)]
+    assert sum(handle.stats().accepted for handle in handles) > 20
+
+
+def test_an_exit_that_agrees_with_the_end_drafts_what_the_end_draws():
+    """Were the luck another for the draft, two draws from one distribution would mostly differ."""
+    model = priced(agreeing_model(change=0.0))
+    sampling = eellm.Sampling(temperature=1.0, seed=1)
+    out = greedy(model, sampling=sampling, lookup=False, threshold=0.0, exits=[2])
+    assert out.stats.accepted == out.stats.drafted > 20
+    assert len(set(out.tokens)) > 10
 
 
 def third_token(model, prompt, sampling):

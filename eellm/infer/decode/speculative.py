@@ -6,17 +6,16 @@ drafts are emitted, and so is one token of the final exit's own: in place of the
 row drafted nothing, after it. Rows behind the first wrong draft are cropped. Drafts that repeat what followed the
 same words earlier (prompt lookup) cost no exit: their rows enter together and go straight to the end.
 
-Greedy tokens are those of full depth; sampled ones have its distribution: a draft t from q is accepted with
-probability min(1, p(t) / q(t)), the correction is drawn from max(p - q, 0) (arXiv 2211.17192, 2302.01318). With
-`typical` = ε above 0, a draft is accepted where p(t) >= ε · max p instead: not lossless, longer runs.
+Tokens are those of full depth, sampled ones too: a draft is right where it is the token that the final exit chooses by
+itself. At a place of the answer both choose with the same luck, which is why they mostly agree (`eellm.infer.luck`;
+drafter-invariant speculation, arXiv 2408.07978). So no token depends on what was drafted, by whom, or how much; with
+min(1, p / q) (arXiv 2211.17192) only its distribution would not. With `typical` = ε above 0, a draft is right where
+p(t) >= ε · max p as well: not lossless, longer runs.
 Sources: LayerSkip (arXiv 2404.16710) drafts with an exit; that rows are kept where they stopped is EE-LLM §4.1.
-Shapes: V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from eellm.infer.decode.drafting import Drafting
 from eellm.infer.readout import Reading
@@ -30,8 +29,6 @@ class Draft:
     token: int
     layer: int
     """Of the exit that drafted it; the last layer for one that was looked up."""
-    q_V: Tensor | None
-    """What it was drawn from; None: it was no draw."""
 
 
 class Speculative:
@@ -56,11 +53,7 @@ class Speculative:
         return {layer: self.thresholds[layer]}
 
     def at_exit(self, seq: Served, reading: Reading) -> bool:
-        if seq.sampler.takes_likeliest:
-            draft = Draft(reading.token, reading.layer, None)
-        else:
-            q_V = seq.sampler.probabilities(reading.logits_V, [draft.token for draft in self.drafts])
-            draft = Draft(seq.sampler.draw_from(q_V), reading.layer, q_V)
+        draft = Draft(self._choice(seq, reading, len(self.drafts)), reading.layer)
         self.drafts.append(draft)
         if len(self.drafts) == self.drafting.num_drafts and not self.drafting.bonus:
             return False  # the row goes on to be judged; the last draft's own row would only bring a token more
@@ -72,16 +65,12 @@ class Speculative:
         return self.num_rows
 
     def at_end(self, seq: Served, readings: Sequence[Reading]) -> None:
-        num_right = 0
-        while num_right < min(len(self.drafts), len(readings)):
-            correction = self._judge(seq, self.drafts[num_right], readings[num_right], num_right)
-            if correction is not None:
-                break
-            num_right += 1
-        else:
-            correction = None
-            if len(readings) > len(self.drafts):  # the last row drafted nothing
-                correction = self._own(seq, readings[len(self.drafts)])
+        num_right, own = 0, None
+        for index, reading in enumerate(readings):
+            own = self._choice(seq, reading, index)
+            if index == len(self.drafts) or not self._is_right(self.drafts[index], own, reading):
+                break  # the last row drafted nothing, or its draft is wrong: the final exit's own token comes there
+            num_right, own = num_right + 1, None
         seq.unsure = []
         if not seq.is_prompt:
             self._record(seq, num_right)
@@ -89,37 +78,25 @@ class Speculative:
         for draft, reading in zip(self.drafts[:num_right], readings, strict=False):
             seq.sampler.accept(draft.token)
             seq.emit(draft.token, draft.layer, reading)
-        if correction is not None:
+        if own is not None:
             reading = readings[num_right]
-            seq.sampler.accept(correction)
-            seq.emit(correction, reading.layer, reading)
+            seq.sampler.accept(own)
+            seq.emit(own, reading.layer, reading)
         self._begin(seq)
 
-    def _judge(self, seq: Served, draft: Draft, reading: Reading, index: int) -> int | None:
-        """None: the draft is right. Otherwise the token that comes instead."""
-        token = draft.token
-        if self.typical > 0:
-            p_V = reading.logits_V.softmax(-1)
-            if p_V[token] >= self.typical * p_V.max():
-                return None
-        if seq.sampler.takes_likeliest:
-            return None if reading.token == token else reading.token
-        p_V = seq.sampler.probabilities(reading.logits_V, [draft.token for draft in self.drafts[:index]])
-        q = 1.0 if draft.q_V is None else float(draft.q_V[token])
-        if seq.sampler.uniform() * q < float(p_V[token]):
-            return None
-        rest_V = p_V.clone()
-        if draft.q_V is None:
-            rest_V[token] = 0
-        else:
-            rest_V = (rest_V - draft.q_V).clamp_(min=0)
-        return seq.sampler.draw_from(rest_V)
-
-    def _own(self, seq: Served, reading: Reading) -> int:
+    def _choice(self, seq: Served, reading: Reading, index: int) -> int:
+        """What an exit chooses behind the first `index` drafts."""
         if seq.sampler.takes_likeliest:
             return reading.token
-        p_V = seq.sampler.probabilities(reading.logits_V, [draft.token for draft in self.drafts])
-        return seq.sampler.draw_from(p_V)
+        return seq.sampler.token(reading.logits_V, [draft.token for draft in self.drafts[:index]])
+
+    def _is_right(self, draft: Draft, own: int, reading: Reading) -> bool:
+        """own: the final exit's choice in its place."""
+        if self.typical > 0:
+            p_V = reading.logits_V.softmax(-1)
+            if p_V[draft.token] >= self.typical * p_V.max():
+                return True
+        return draft.token == own
 
     def _record(self, seq: Served, num_right: int) -> None:
         """What the round says of its drafter."""
@@ -138,6 +115,6 @@ class Speculative:
             return
         most = min(seq.room - 1, self.max_deferred - 1)
         looked_up = self.drafting.begin(seq.tokens, most, self.thresholds)
-        self.drafts = [Draft(token, seq.stops[-1], None) for token in looked_up]
+        self.drafts = [Draft(token, seq.stops[-1]) for token in looked_up]
         self.num_rows = 1 + len(looked_up)
         seq.pending = [seq.tokens[-1], *looked_up]
