@@ -48,7 +48,7 @@ class Sampler:
 
     def uniform(self) -> float:
         """A number from [0, 1)."""
-        return float(torch.rand((), generator=self.generator, device=self.generator.device))
+        return float(torch.rand((), generator=self.generator, dtype=torch.float32, device=self.generator.device))
 
     def accept(self, token: int) -> None:
         """Penalties apply to `token` from now on."""
