@@ -15,9 +15,10 @@ from eellm.config.calibrate import Certificate
 from eellm.config.infer import Metric
 from eellm.errors import CertificateError
 from eellm.exits.lm import EarlyExitLM
+from eellm.model.fingerprint import State, states
 
 # a memo: what is in it follows from the model's weights, and goes when the model goes
-_DIGESTS: WeakKeyDictionary[EarlyExitLM, dict[str, tuple[tuple[int, int], str]]] = WeakKeyDictionary()
+_DIGESTS: WeakKeyDictionary[EarlyExitLM, dict[str, tuple[State, str]]] = WeakKeyDictionary()
 
 
 def certified(model: EarlyExitLM, risk: float, metric: Metric) -> Certificate:
@@ -46,8 +47,7 @@ def weights_sha256(model: EarlyExitLM, layers: Iterable[int]) -> str:
         parts += [(f"exits.{layer}.{name}", tensor) for name, tensor in model.exit(layer).named_parameters()]
     known = _DIGESTS.setdefault(model, {})
     lines = []
-    for name, tensor in parts:
-        state = (tensor.data_ptr(), tensor._version)
+    for (name, tensor), state in zip(parts, states(tensor for _, tensor in parts), strict=True):
         if name not in known or known[name][0] != state:
             known[name] = (state, _digest(tensor))
         lines.append(f"{name} {known[name][1]}")

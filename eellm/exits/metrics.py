@@ -194,7 +194,7 @@ def _ask(model: EarlyExitLM, layer: int, z_ND: Tensor, labels_N: Tensor, policie
 
 def _gate_score(model: EarlyExitLM, layer: int, z_ND: Tensor) -> Tensor | None:
     if layer == model.config.num_layers:
-        return torch.ones(len(z_ND))
+        return torch.ones(len(z_ND), dtype=torch.float32)
     gate = model.exit(layer).gate
     return None if gate is None else gate(z_ND).float().sigmoid()
 

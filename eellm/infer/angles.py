@@ -5,6 +5,8 @@ where `swapped` exchanges the halves of each head, sin is negative in the first 
 Shapes: P positions, H query heads, K key/value heads, E head width.
 """
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -21,22 +23,28 @@ class Angles:
         self.num_heads = self.num_turned + config.kv_heads
         self.dtype = dtype
         self.device = device
-        self.tables = torch.zeros(0), torch.zeros(0)
+        empty = torch.zeros(0, dtype=dtype, device=device)
+        self.tables = empty, empty
         """cos and sin, (P, H + 2K, E); another pair when they have grown, for other threads may be reading these."""
+        self._lock = threading.Lock()
         self.reserve(64)
 
     def reserve(self, num_positions: int) -> None:
-        known = len(self.tables[0])
-        if num_positions <= known:
-            return
-        num_positions = max(num_positions, 2 * known)
+        """Makes tables of at least so many positions; they never get shorter."""
+        if num_positions > len(self.tables[0]):
+            with self._lock:  # tables that another thread has made longer meanwhile stay
+                known = len(self.tables[0])
+                if num_positions > known:
+                    self.tables = self._made(max(num_positions, 2 * known))
+
+    def _made(self, num_positions: int) -> tuple[Tensor, Tensor]:
         cos, sin = self.rope(torch.arange(num_positions, device=self.device), self.dtype)
         shape = (num_positions, self.num_heads, 2 * cos.shape[-1])
         cos_PHE = torch.ones(shape, dtype=self.dtype, device=self.device)
         sin_PHE = torch.zeros(shape, dtype=self.dtype, device=self.device)
         cos_PHE[:, : self.num_turned] = torch.cat((cos, cos), dim=-1)[:, None]
         sin_PHE[:, : self.num_turned] = torch.cat((-sin, sin), dim=-1)[:, None]
-        self.tables = cos_PHE, sin_PHE
+        return cos_PHE, sin_PHE
 
     def slice(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         """cos and sin (T, H + 2K, E) of neighbouring positions."""

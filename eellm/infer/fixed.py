@@ -54,7 +54,7 @@ class FixedNetwork(PackedNetwork):
         with torch.inference_mode(False):  # NOTE what is made in that mode can't be written outside of it
             self._rows_CD, self._moved_CD, self._asked_CD = torch.zeros(3, MOST_CELLS, size, **like)
             self._positions_C = torch.zeros(MOST_CELLS, dtype=torch.int64, device=self.device)
-            self._logits_CV = torch.zeros(MOST_CELLS, self.config.vocab_size, device=self.device)
+            self._logits_CV = torch.zeros(MOST_CELLS, self.config.vocab_size, dtype=torch.float32, device=self.device)
             self._table_C = torch.zeros(MOST_CELLS, 8, dtype=torch.float64, device=self.device)
 
     def new_memory(self) -> Memory:

@@ -44,6 +44,7 @@ class Memory:
     def num_bytes(self) -> int:
         return sum(kv.nbytes for part in (self.layers, self.exits) for kv in part.values())
 
+    @torch.inference_mode(False)  # NOTE what is made in that mode can't be written outside of it
     def reserve(self, num_slots: int, capacity: int) -> None:
         """Makes room for at least so many slots of at least so many rows; what is there stays."""
         if num_slots <= self.num_slots and capacity <= self.capacity:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from eellm.infer.quantize import Quantize, QuantizeCache
 from eellm.infer.weights import Matrix, pack
+from eellm.model.fingerprint import states
 
 T = TypeVar("T")
 
@@ -34,15 +35,15 @@ class Packed:
     """Matrices by what they were made of. It keeps them, and the parameters, as long as it is kept itself."""
 
     def __init__(self) -> None:
-        self._made: dict[Hashable, tuple[Sequence[nn.Module], object]] = {}
+        self._made: dict[Hashable, tuple[Sequence[Tensor], object]] = {}
 
     def matrix(self, way: Hashable, linears: Sequence[nn.Linear], make: Callable[[], T]) -> T:
         """What `make` has made of these parameters, as they are now. way: all else that it depends on; of one way all
         are of one type."""
         parameters = [p for linear in linears for p in linear.parameters()]
-        key = (way, *((id(p), 0 if p.is_inference() else p._version) for p in parameters))
+        key = (way, *map(id, parameters), *states(parameters))
         if key not in self._made:
-            self._made[key] = (linears, make())  # NOTE kept with its modules, so that no other gets their ids
+            self._made[key] = (parameters, make())  # NOTE kept with them, so that no others get their ids
         return self._made[key][1]  # pyrefly: ignore[bad-return]
 
 

@@ -11,6 +11,7 @@ from eellm.infer.network import Network
 from eellm.infer.packed import PackedNetwork
 from eellm.infer.packing import Packed
 from eellm.infer.quantize import Quantize
+from eellm.model.fingerprint import states
 
 # a memo: what is in it follows from the model's weights, and goes when the model goes
 _NETWORKS: WeakKeyDictionary[EarlyExitLM, dict[object, tuple[object, Network]]] = WeakKeyDictionary()
@@ -51,7 +52,8 @@ def network_of(
     packed: Packed | None = None,
 ) -> Network:
     """The model's network; made anew when its weights have changed since."""
-    state = tuple((name, p.data_ptr(), p._version) for name, p in model.named_parameters())
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    state = names, states(parameters)
     made = _NETWORKS.setdefault(model, {})
     key = (quantize, compile)
     if key not in made or made[key][0] != state:

@@ -153,7 +153,7 @@ class Int8(Quantized):
         self.packed = torch.ops.onednn.qlinear_prepack(rounded.codes, None)
         self.scale_O = rounded.scales / 32512
         self.zero_O = torch.zeros(len(self.scale_O), dtype=torch.int32)
-        self.offset = torch.tensor(256 * 128 + 128 + 0.5)  # the conversion to integers cuts off
+        self.offset = torch.tensor(256 * 128 + 128 + 0.5, dtype=torch.float32)  # the conversion to integers cuts off
 
     def product(self, x_NI: Tensor) -> Tensor:
         num_rows = len(x_NI)

@@ -36,7 +36,7 @@ def initial_value(name: str, shape: torch.Size, *, std: float, seed: int) -> tor
     """What the parameter `name` starts from, float32 on the CPU: a function of (seed, name, shape) alone, so that
     whoever holds a part of a model draws the same weights as who holds all of it."""
     if len(shape) <= 1:
-        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
+        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=torch.float32)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "little"))
     return torch.empty(shape, dtype=torch.float32).normal_(0, std, generator=generator)

@@ -84,16 +84,26 @@ class Parts:
     end_s: float
 
     @property
+    def busy_s(self) -> tuple[float, ...]:
+        """Each rank's work on one microbatch."""
+        busy = [0.0] * self.config.parallel.pp
+        for cost, rank in zip(self.costs, self._ranks, strict=True):
+            busy[rank] += cost.total_s
+        return tuple(busy)
+
+    @property
     def least_s(self) -> float:
         """No schedule takes less: the busiest rank's work, and the way of one microbatch to it and back."""
-        parallel = self.config.parallel
-        ranks = ranks_of_stages(parallel, len(self.stages))
-        busy = [0.0] * parallel.pp
-        for cost, rank in zip(self.costs, ranks, strict=True):
-            busy[rank] += cost.total_s * (parallel.num_microbatches or 1)
-        first = [ranks.index(rank) for rank in range(parallel.pp)]
+        num_microbatches = self.config.parallel.num_microbatches or 1
+        first = [self._ranks.index(rank) for rank in range(self.config.parallel.pp)]
         way = [sum(cost.forward_s for cost in self.costs[:stage]) for stage in first]
+        busy = [seconds * num_microbatches for seconds in self.busy_s]
         return max(map(sum, zip(busy, way, strict=True))) + self.end_s
+
+    @property
+    def _ranks(self) -> tuple[int, ...]:
+        """Each stage's."""
+        return tuple(ranks_of_stages(self.config.parallel, len(self.stages)))
 
 
 def forecast(config: TrainConfig, hardware: Hardware) -> Forecast:
@@ -127,16 +137,18 @@ def run(parts: Parts, hardware: Hardware) -> Forecast:
 def estimate(parts: Parts, hardware: Hardware) -> tuple[float, float]:
     """Seconds of a step and peak bytes of a device, from two shorter steps where there are many microbatches.
 
-    A schedule repeats itself: from some number of microbatches on, each further one takes as long as the one before.
+    A schedule repeats itself: from some number of microbatches on, each further one takes as long as the one before,
+    and no less than the busiest rank's work. Under `zbv` it starts late: the busiest rank, which is first at its work,
+    has idle time that it uses up little by little before the others wait for it.
     """
     pp, num_microbatches = parts.config.parallel.pp, parts.config.parallel.num_microbatches or 1
-    short, long = 4 * pp, 6 * pp
+    short, long = (10 * pp, 12 * pp) if parts.config.parallel.schedule == "zbv" else (4 * pp, 6 * pp)
     if num_microbatches <= long or num_microbatches % pp:
         exact = run(parts, hardware)
         return exact.iteration_s, max(exact.memory_bytes)
     first, second = (schedule_of(parts, num) for num in (short, long))
     first_s, second_s = (simulate(schedule, parts.costs, parts.send_s).end_s for schedule in (first, second))
-    each_s = (second_s - first_s) / (long - short)
+    each_s = max((second_s - first_s) / (long - short), *parts.busy_s)
     held = [max(memory_of(parts, schedule, hardware)) for schedule in (first, second)]
     each_bytes = (held[1] - held[0]) / (long - short)  # nothing, but where all microbatches are in flight
     more = num_microbatches - long

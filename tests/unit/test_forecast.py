@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from eellm import ExitConfig
@@ -55,10 +55,13 @@ def test_one_process_pays_for_an_exit_with_every_microbatch():
 @given(
     schedule=st.sampled_from(SCHEDULES),
     pp=st.integers(2, 4),
-    times=st.integers(2, 12),
+    times=st.integers(2, 24),
     layers=st.sets(st.integers(1, 15), max_size=3),
     placement=st.sampled_from(["stay", "next_stage", "auto"]),
 )
+@example(schedule="zbv", pp=4, times=12, layers={1, 6, 14}, placement="next_stage")
+@example(schedule="zbv", pp=4, times=10, layers={1, 10, 14}, placement="next_stage")
+@example(schedule="zbv", pp=2, times=24, layers={1, 2}, placement="stay")
 def test_bounds_hold_and_short_steps_tell_of_long_ones(schedule, pp, times, layers, placement):
     config = recipe(
         tuple(sorted(layers)),

@@ -179,3 +179,12 @@ def test_a_matrix_is_made_once_for_a_way_and_its_parameters_as_they_are():
         first.weight += 1
     assert packed.matrix("way", [first], object) is not made[0]
     assert packed.matrix("way", [second], object) is made[2]
+
+
+def test_a_parameter_that_took_the_place_of_another_gets_a_matrix_of_its_own():
+    packed, linear = Packed(), torch.nn.Linear(4, 8, bias=False)
+    made = set()
+    for size in range(40):  # freed ones would leave their ids to the next
+        linear.weight = torch.nn.Parameter(torch.zeros(8 + size, 4))
+        made.add(packed.matrix("way", [linear], lambda size=size: size))
+    assert made == set(range(40))

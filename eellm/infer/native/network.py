@@ -21,7 +21,7 @@ from eellm.infer.attention import PassRows, Span
 from eellm.infer.memory import Memory
 from eellm.infer.native import structs
 from eellm.infer.native.build import BuildError, library
-from eellm.infer.native.rows import Angles, KVList, NativeRows
+from eellm.infer.native.rows import Angles, NativeMemory, NativeRows
 from eellm.infer.native.walk import COLUMNS, Walk, answers_in, make_table
 from eellm.infer.network import Answer, Gone, Leg, Network
 from eellm.infer.packing import Packed, once, side_by_side
@@ -71,7 +71,6 @@ class NativeNetwork(Network):
         decoder = model.decoder
         self._layers = {n: self._layer(decoder.layer(n)) for n in self.held}
         self._layer_list = (c_void_p * len(self.held))(*map(ctypes.addressof, self._layers.values()))
-        self._kv_list = KVList()
         is_last = self.config.num_layers in self.held
         is_shared = is_last or any(exit_config.head == "tied" for exit_config in self.exits)
         output = self._matrix(decoder.output, is_head=True) if is_shared else None
@@ -90,6 +89,9 @@ class NativeNetwork(Network):
         self._heads = {layer: self._head_struct(layer) for layer in self._outputs}
 
     # --- what the loop calls ---
+
+    def new_memory(self) -> NativeMemory:
+        return NativeMemory(self.config, self.own_layer, self.held, dtype=self.dtype, device=self.device)
 
     def rows(self, spans: Sequence[Span]) -> NativeRows:
         return NativeRows(spans, self._angles)
@@ -112,7 +114,7 @@ class NativeNetwork(Network):
             vocab_size=self.config.vocab_size,
         )
         out_ND = torch.empty_like(h_ND)
-        asked_ND = torch.empty(walk.num_asked, h_ND.shape[1])
+        asked_ND = h_ND.new_empty(walk.num_asked, h_ND.shape[1])
         num_gone = self._library.eellm_walk(
             walk.structs,
             c_int64(len(legs)),
@@ -162,7 +164,7 @@ class NativeNetwork(Network):
         x_ND, matrix = x_ND.contiguous(), self._outputs[layer]
         assert matrix is not None, "a shared output matrix is held with the exits that share it"
         num_rows = len(x_ND)
-        logits_NV = torch.empty(num_rows, self.config.vocab_size)
+        logits_NV = x_ND.new_empty(num_rows, self.config.vocab_size)
         self._library.eellm_head(
             None if norm_D is None else c_void_p(norm_D.data_ptr()),
             c_double(self.config.rms_norm_eps),
@@ -193,7 +195,8 @@ class NativeNetwork(Network):
     def _addresses(self, first: int, memory: Memory) -> tuple[int, int]:
         """Where the addresses of layers from `first` on stand, and of their keys and values."""
         offset = (first - self.held[0]) * ctypes.sizeof(c_void_p)
-        return ctypes.addressof(self._layer_list) + offset, self._kv_list.address(memory) + offset
+        assert isinstance(memory, NativeMemory), "memory is of this network"
+        return ctypes.addressof(self._layer_list) + offset, memory.address() + offset
 
     def _head_struct(self, layer: int) -> structs.Head:
         body, norm_D, output = self._bodies.get(layer), self._norms[layer], self._outputs[layer]

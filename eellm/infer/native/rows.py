@@ -1,6 +1,7 @@
 """The rows of a pass, the angles of their positions, and where their keys and values lie, as the kernels read them."""
 
 import ctypes
+import threading
 from array import array
 from collections.abc import Sequence
 from ctypes import c_void_p
@@ -19,18 +20,18 @@ class NativeRows(PassRows):
 
     def __init__(self, spans: Sequence[Span], angles: "Angles") -> None:
         super().__init__(spans)
-        angles.reserve(max(span.end for span in self.spans))
+        cos, sin = angles.reserve(max(span.end for span in self.spans))
         slots, positions = array("i"), array("i")
         for slot, before, count in self.spans:
             slots.extend([slot] * count)
             positions.extend(range(before, before + count))
-        self.kept = slots, positions, angles.cos, angles.sin
+        self.kept = slots, positions, cos, sin
         self.struct = structs.Rows(
             num_rows=len(slots),
             slots=slots.buffer_info()[0],
             positions=positions.buffer_info()[0],
-            cos=angles.cos.data_ptr(),
-            sin=angles.sin.data_ptr(),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
         )
 
 
@@ -39,25 +40,34 @@ class Angles:
 
     def __init__(self, rope: Rope) -> None:
         self.rope = rope
-        self.cos = self.sin = torch.zeros(0)
+        empty = torch.zeros(0, dtype=torch.float32)
+        self.tables = empty, empty
+        """cos and sin; another pair when they have grown, for other threads may be reading these."""
+        self._lock = threading.Lock()
 
-    def reserve(self, num_positions: int) -> None:
-        if num_positions > len(self.cos):
-            num_positions = max(num_positions, 2 * len(self.cos), 64)
-            self.cos, self.sin = (x.contiguous() for x in self.rope(torch.arange(num_positions), torch.float32))
+    def reserve(self, num_positions: int) -> tuple[Tensor, Tensor]:
+        """Tables of at least so many positions."""
+        if num_positions > len(self.tables[0]):
+            with self._lock:  # a table that another thread has made longer meanwhile stays
+                known = len(self.tables[0])
+                if num_positions > known:
+                    positions = torch.arange(max(num_positions, 2 * known, 64))
+                    cos, sin = self.rope(positions, torch.float32)
+                    self.tables = cos.contiguous(), sin.contiguous()
+        return self.tables
 
 
-class KVList:
-    """The addresses of a memory's keys and values, layer after layer, as long as they stay where they are."""
+class NativeMemory(Memory):
+    """With the addresses of its layers' keys and values, layer after layer. Each memory has a list of its own: engines
+    in several threads may share the network."""
 
-    def __init__(self) -> None:
-        self._first: Tensor | None = None
-        self._list = (c_void_p * 0)()
+    addresses: "ctypes.Array[c_void_p]" = (c_void_p * 0)()
+    _listed: object = None
+    """The generation that the list is of."""
 
-    def address(self, memory: Memory) -> int:
-        """Where the list stands."""
-        first = next(iter(memory.layers.values()))
-        if self._first is not first:
-            self._list = (c_void_p * len(memory.layers))(*(kv.data_ptr() for kv in memory.layers.values()))
-            self._first = first  # last: an interrupt in between leaves no list that seems to be this memory's
-        return ctypes.addressof(self._list)
+    def address(self) -> int:
+        """Where the list stands, as long as the tensors stay where they are."""
+        if self._listed is not self.generation:
+            self.addresses = (c_void_p * len(self.layers))(*(kv.data_ptr() for kv in self.layers.values()))
+            self._listed = self.generation  # last: an interrupt in between leaves no list that seems to be right
+        return ctypes.addressof(self.addresses)

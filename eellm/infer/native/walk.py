@@ -41,7 +41,7 @@ class Walk:
             if not leg.num_asked:
                 self._rooms.append(None)
                 continue
-            logits_NV, table = torch.empty(leg.num_asked, vocab_size), make_table(leg.num_asked)
+            logits_NV, table = torch.empty(leg.num_asked, vocab_size, dtype=torch.float32), make_table(leg.num_asked)
             self._rooms.append((logits_NV, table))
             struct.head, struct.num_asked = heads[leg.last], leg.num_asked
             struct.score, struct.threshold = self.column, leg.threshold

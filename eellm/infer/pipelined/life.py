@@ -23,27 +23,27 @@ NO_ANSWER = -1.0
 def watch_worker(group: Group, rank: int) -> None:
     """In the engine's process: returns when the worker's ends."""
     with suppress(PeerLostError):
-        wait_for(group.recv([torch.empty(1)], rank, LIFE_TAG), FOREVER)
+        wait_for(group.recv([torch.empty(1, dtype=torch.float32)], rank, LIFE_TAG), FOREVER)
 
 
 def live_with_engine(group: Group, is_waiting: Callable[[], bool]) -> None:
     """In a worker's: answers whether it waits for others of its stage, and ends the process when the engine's ends."""
     try:
         while True:
-            wait_for(group.recv([torch.empty(1)], 0, LIFE_TAG), FOREVER)
-            wait_for(group.send([torch.tensor([float(is_waiting())])], 0, LIFE_TAG + 1), FOREVER)
+            wait_for(group.recv([torch.empty(1, dtype=torch.float32)], 0, LIFE_TAG), FOREVER)
+            wait_for(group.send([torch.tensor([float(is_waiting())], dtype=torch.float32)], 0, LIFE_TAG + 1), FOREVER)
     except PeerLostError:
         os._exit(1)
 
 
 def waiting(group: Group, ranks: Iterable[int]) -> set[int]:
     """In the engine's: those of the workers who say within `ANSWER_S` that they wait for others of their stage."""
-    answers = {rank: torch.full((1,), NO_ANSWER) for rank in ranks}
+    answers = {rank: torch.full((1,), NO_ANSWER, dtype=torch.float32) for rank in ranks}
     transfers: list[dist.Work] = []  # NOTE dropped, they would never happen
     for rank, answer in answers.items():
         # NOTE no wait for these: gloo breaks all connections of a group once one wait in it has timed out
         with suppress(RuntimeError):  # the connection is broken already
-            transfers.append(group.send([torch.zeros(1)], rank, LIFE_TAG))
+            transfers.append(group.send([torch.zeros(1, dtype=torch.float32)], rank, LIFE_TAG))
             transfers.append(group.recv([answer], rank, LIFE_TAG + 1))
     deadline = time.monotonic() + ANSWER_S
     while any(answer == NO_ANSWER for answer in answers.values()) and time.monotonic() < deadline:

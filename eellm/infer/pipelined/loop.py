@@ -203,7 +203,7 @@ class PipelinedLoop(Loop):
             logits = None if message.data is None else iter(message.tensor(torch.float32, self.config.vocab_size))
             for record in self.code.decode_records(message.values):
                 flight = self.flights[record.ticket]
-                logits_V = torch.empty(0)
+                logits_V = torch.empty(0, dtype=torch.float32)
                 if record.kind != e.END and flight.entry.wants_logits:
                     assert logits is not None, "logits come with every reading of those who want them"
                     logits_V = next(logits).to(self.network.device)
