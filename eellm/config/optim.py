@@ -13,8 +13,8 @@ class OptimConfig:
 
     lr: float = 1e-3
     """Peak learning rate."""
-    min_lr: float = 1e-4
-    """Learning rate at the last step."""
+    min_lr: float | None = None
+    """Learning rate at the last step; unset, a tenth of `lr`."""
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
     """How the rate goes from `lr` to `min_lr`: half a cosine, a line, or flat until the last `decay_fraction` of the
     steps and then a line (warm-up, stable, decay)."""
@@ -35,5 +35,9 @@ class OptimConfig:
         check_literals(self)
         check_fraction(self, "decay_fraction")
         check_at_least(self, 0, "lr", "min_lr", "warmup_steps", "weight_decay", "clip")
+        if self.min_lr is not None and self.min_lr > self.lr:
+            raise ConfigError(
+                f"min_lr = {self.min_lr!r}: must be at most lr = {self.lr!r}; leave it out for a tenth of it"
+            )
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ConfigError(f"beta1, beta2 = {self.beta1!r}, {self.beta2!r}: must lie in [0, 1)")

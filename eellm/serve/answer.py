@@ -6,14 +6,15 @@ leave, its jobs are cancelled before the engine's next step.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from eellm.infer.result import Stats, Token
+from eellm.infer.result import Stats
 from eellm.infer.score import Score
 from eellm.serve.ask import Ask, Prompt
 from eellm.serve.forms import FINISH, Chats, Completions, Form, echoes_of, event_of, usage_of
@@ -36,6 +37,7 @@ class Answer(Response):
         self._begin_s = time.perf_counter()
         self._deadline_s = self._begin_s + deadline_s
         self._mailbox = Mailbox()
+        count = partial(_count, meters, served.name, key, self._begin_s)  # no method: jobs don't hold their answer
         self._jobs = [
             Job(
                 index=index,
@@ -44,6 +46,7 @@ class Answer(Response):
                 out=self._mailbox,
                 stream=ask.body.stream,
                 deadline_s=self._deadline_s,
+                over=count,
             )
             for index, (prompt, options) in enumerate(ask.runs)
         ]
@@ -60,7 +63,7 @@ class Answer(Response):
                 await (self._stream(form, send) if ask.body.stream else self._whole(form, send))
         finally:
             served.worker.cancel(self._jobs)
-            note(scope, new_tokens=sum(stats.new_tokens for stats in self._stats))
+            note(scope, new_tokens=sum(len(job.times) for job in self._jobs))
 
     # --- whole ---
 
@@ -68,7 +71,7 @@ class Answer(Response):
         ends: dict[int, Progress] = {}
         while len(ends) < len(self._jobs):
             for progress in await self._mailbox.take():
-                self._settle(progress, progress.tokens)
+                self._settle(progress)
                 ends[progress.index] = progress
         choices = [form.choice(i, ends[i].tokens, FINISH[ends[i].finish_reason or ""]) for i in range(len(ends))]
         if not self._jobs:  # only the prompts were asked about
@@ -81,7 +84,6 @@ class Answer(Response):
     # --- in chunks ---
 
     async def _stream(self, form: Form, send: Send) -> None:
-        made: list[list[Token]] = [[] for _ in self._jobs]
         first = await self._mailbox.take() if self._jobs else []
         for progress in first:
             if progress.error is not None:  # nothing was sent yet: it can still be the status
@@ -93,12 +95,12 @@ class Answer(Response):
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
-            await self._events(form, first, made, send)
+            await self._events(form, first, send)
         except Refusal as refusal:
             await _send_event(send, refusal.body)
         await send({"type": "http.response.body", "body": DONE, "more_body": False})
 
-    async def _events(self, form: Form, first: list[Progress], made: list[list[Token]], send: Send) -> None:
+    async def _events(self, form: Form, first: list[Progress], send: Send) -> None:
         if isinstance(form, Chats):
             await _send_event(send, form.chunk([form.opening(job.index) for job in self._jobs]))
         if not self._jobs:
@@ -108,8 +110,7 @@ class Answer(Response):
         while open_jobs:
             events = b""
             for progress in items:
-                made[progress.index] += progress.tokens
-                self._settle(progress, made[progress.index])
+                self._settle(progress)
                 finish = progress.finish_reason and FINISH[progress.finish_reason]
                 open_jobs -= finish is not None
                 events += form.event(progress.index, progress.tokens, finish)
@@ -143,14 +144,19 @@ class Answer(Response):
         except TimeoutError:
             raise Refusal(504, "the request took longer than it may here", code="deadline") from None
 
-    def _settle(self, progress: Progress, tokens: Sequence[Token]) -> None:
-        """Counts a job that is over; raises where it has failed."""
+    def _settle(self, progress: Progress) -> None:
+        """Keeps what a job that is over has used; raises where it has failed."""
         if progress.error is not None:
             raise progress.error
         if progress.stats is not None:
             self._stats.append(progress.stats)
-            times = self._jobs[progress.index].times
-            self._meters.answer(self._served.name, self._key, tokens, progress.stats, self._begin_s, times)
+
+
+def _count(meters: Meters, model: str, key: str, begin_s: float, job: Job, progress: Progress) -> None:
+    """What a job has come to, for the metrics: also what was made for a client that has left."""
+    reason = progress.finish_reason or ""
+    outcome = FINISH.get(reason, reason) if progress.error is None else progress.error.code or "failed"
+    meters.answer(model, key, outcome, job.handle, begin_s, job.times)
 
 
 @asynccontextmanager

@@ -130,13 +130,14 @@ def make_app(server: Server, keys: Keys | None) -> ASGIApp:
     add_playground(app)
     _add_refusals(app)
     paths = [path for path in app.openapi()["paths"] if "{" not in path]
-    gate: ASGIApp = Gate(_Counted(app, server), server.config, keys)
+    gate: ASGIApp = Gate(_Headed(_Counted(app, server)), server.config, keys)
     if server.config.cors_origins:
         gate = CORSMiddleware(
             gate,
             allow_origins=server.config.cors_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
+            allow_headers=["*"],  # OpenAI's clients send a dozen of their own; what may be asked doesn't hang on them
+            expose_headers=["x-request-id", "retry-after"],
         )
     return Observed(gate, server.meters, [*paths, "/openapi.json", *FILES])
 
@@ -210,6 +211,17 @@ class _Counted:
             await self.app(scope, receive, send)
         finally:
             self.server.num_open -= counts
+
+
+class _Headed:
+    """HEAD is answered wherever GET is: as GET, and the ASGI server leaves the body out."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        is_head = scope["type"] == "http" and scope["method"] == "HEAD"
+        await self.app(scope | {"method": "GET"} if is_head else scope, receive, send)
 
 
 def _lifespan(server: Server) -> Any:

@@ -146,7 +146,8 @@ def _method(body: Asked, config: ServeConfig) -> Method:
 
 def _sampling(body: Asked) -> Sampling:
     names = [option.name for option in fields(Sampling)]
-    return Sampling(**{name: getattr(body, name) for name in names})
+    given = {name: getattr(body, name) for name in names}
+    return Sampling(**given | {"seed": None if body.seed is None else body.seed % 2**64})
 
 
 def _reseeded(options: GenerateConfig, seed: int) -> GenerateConfig:

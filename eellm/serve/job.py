@@ -1,7 +1,7 @@
 """What goes into a worker and what comes out: jobs, their progress, and work of other kinds."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -68,6 +68,8 @@ class Job:
     """Whether tokens are wanted as they are made; else all come at the end."""
     deadline_s: float
     """On the clock of `time.perf_counter`."""
+    over: Callable[["Job", Progress], None]
+    """Told once, in the event loop, when it is over, however that came and whoever still listens to `out`."""
     handle: Handle | None = None
     is_open: bool = False
     """Kept in the event loop: submitted, and not over yet."""

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from eellm.infer.result import Stats, Token
+from eellm.infer.handle import Handle
 from eellm.infer.shadow import ShadowReport
 
 FIRST_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
@@ -28,6 +28,9 @@ class Meters:
         own = self.registry = CollectorRegistry()
         model, keyed = ("model",), ("model", "key")
         self._requests = Counter("eellm_requests", "Answered.", ("route", "status", "key"), registry=own)
+        self._answers = Counter(
+            "eellm_answers", "Answers that are over, by how they ended.", ("model", "key", "outcome"), registry=own
+        )
         self._prompt = Counter("eellm_prompt_tokens", "Tokens of prompts.", keyed, registry=own)
         self._new = Counter("eellm_generation_tokens", "Tokens made.", keyed, registry=own)
         self._exits = Counter(
@@ -57,7 +60,7 @@ class Meters:
             "eellm_inter_token_latency_seconds", "Between tokens.", model, registry=own, buckets=BETWEEN_S
         )
         self._whole_s = Histogram(
-            "eellm_e2e_request_latency_seconds", "Of an answer.", model, registry=own, buckets=WHOLE_S
+            "eellm_e2e_request_latency_seconds", "Of a whole answer.", model, registry=own, buckets=WHOLE_S
         )
 
     def request(self, route: str, status: int, key: str) -> None:
@@ -67,16 +70,25 @@ class Meters:
         self._prompt.labels(model, key).inc(num_tokens)
 
     def answer(
-        self, model: str, key: str, tokens: Iterable[Token], stats: Stats, begin_s: float, times: Sequence[float]
+        self, model: str, key: str, outcome: str, handle: Handle | None, begin_s: float, times: Sequence[float]
     ) -> None:
-        """One that is over; all at once, so that tokens on their way cost nothing here. times: of its tokens."""
+        """One that is over; all at once, so that tokens on their way cost nothing here.
+
+        outcome: `stop`, `length`, `cancelled` (nobody waits for it any more), or the code of what its client is told.
+        handle: None where it never began. times: of its tokens.
+        """
+        self._answers.labels(model, key, outcome).inc()
+        if handle is None:
+            return
+        stats = handle.stats()
         self._new.labels(model, key).inc(stats.new_tokens)
         self._run.labels(model).inc(stats.layers_run)
         self._full.labels(model).inc(stats.layers_full)
-        for layer, count in Count(token.exit for token in tokens).items():
+        for layer, count in Count(handle.exits).items():
             self._exits.labels(model, str(layer)).inc(count)
         if times:
             self._first_s.labels(model).observe(times[0] - begin_s)
+        if times and outcome in ("stop", "length"):
             self._whole_s.labels(model).observe(times[-1] - begin_s)
         between_s = self._between_s.labels(model)
         for earlier, later in pairwise(times):

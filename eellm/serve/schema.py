@@ -1,5 +1,5 @@
 """What a client may ask: OpenAI's fields, and a few of ours. Strict: unknown fields are refused by name, true is no
-number, "1" is none either, a whole number is one.
+number, "1" is none either, a whole number is one. null is the default, as OpenAI has it.
 
 What a request means to the engine is said in `eellm.serve.ask`; the bounds here are those that need no model.
 """
@@ -7,15 +7,23 @@ What a request means to the engine is said in `eellm.serve.ask`; the bounds here
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
 
 from eellm.config.infer import Method, Metric, PolicyName
 from eellm.errors import did_you_mean
 from eellm.serve.refusals import Refusal
 
-Seed = Annotated[int, Field(ge=0, lt=2**64)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 TokenId = Annotated[int, Field(ge=0)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+_OTHERS = """
+    annotations audio best_of function_call functions include_obfuscation logit_bias metadata modalities moderation
+    parallel_tool_calls prediction prompt_cache_key prompt_cache_options prompt_cache_retention reasoning_effort refusal
+    response_format safety_identifier service_tier store suffix tool_call_id tool_calls tool_choice tools verbosity
+    web_search_options
+"""
+UNSERVED = frozenset(_OTHERS.split())
+"""What OpenAI's clients may send besides, of requests and of messages."""
 
 
 def _well_formed(text: str) -> str:
@@ -33,6 +41,28 @@ class Strict(BaseModel):
     """A table whose keys are all known and whose values are what they are."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        """OpenAI's own fields among them that aren't served: null asks for nothing."""
+        if not isinstance(data, dict):
+            return data
+        fields = cls.model_fields
+        unset = UNSERVED | {name for name, field in fields.items() if not field.is_required()}
+        return {name: value for name, value in data.items() if value is not None or name not in unset}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Says so."""
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        for name, about in schema["properties"].items():
+            if name not in schema.get("required", ()) and {"type": "null"} not in about.get("anyOf", ()):
+                kept = {key: about.pop(key) for key in ("title", "default") if key in about}
+                kinds = about.pop("anyOf", None) or [about.copy()]
+                about.clear()
+                about |= {"anyOf": [*kinds, {"type": "null"}], **kept}
+        return schema
 
 
 class EarlyExit(Strict):
@@ -95,7 +125,7 @@ class Asked(Strict):
 
 class CompletionRequest(Asked):
     prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]]
-    max_tokens: Annotated[int, Field(ge=0)] | None = 16
+    max_tokens: Annotated[int, Field(ge=0)] = 16
     """0 with `echo`: only the prompt is scored."""
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -159,12 +189,16 @@ def refusal_of_errors(errors: list[Any], schema: type[Strict] | None) -> Refusal
         return Refusal(400, f"the body is not JSON: {error.get('ctx', {}).get('error', error['msg'])}")
     if is_unknown:
         nearest = schema if len(place) == 1 else _TABLES.get(place[0])
-        fields = () if nearest is None else nearest.model_fields
-        return Refusal(
-            400, f"unknown field '{param}'{did_you_mean(place[-1], fields)}", param=param, code="unknown_field"
-        )
+        hint = did_you_mean(place[-1], () if nearest is None else nearest.model_fields)
+        if place[-1] in UNSERVED:
+            hint = ": OpenAI has it, this server doesn't; leave it out"
+        return Refusal(400, f"unknown field '{param}'{hint}", param=param, code="unknown_field")
     if error["type"] == "missing":
         return Refusal(400, "the body is empty" if param is None else f"'{param}' is missing", param=param)
+    if param is None and error["type"] in ("model_type", "model_attributes_type"):
+        is_text = isinstance(error["input"], bytes)  # what isn't sent as JSON isn't read as such
+        header = ", sent with the header Content-Type: application/json" if is_text else ""
+        return Refusal(400, f"the body must be a JSON object{header}")
     message = error["msg"].removeprefix("Value error, ")
     if place and place[0] in _SEVERAL and error["type"] != "value_error":
         param, message = place[0], _SEVERAL[place[0]]

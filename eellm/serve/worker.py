@@ -113,6 +113,7 @@ class Worker:
             if progress.finish_reason is not None or progress.error is not None:
                 job.is_open = False
                 self.num_open -= 1
+                job.over(job, progress)
                 if progress.stats is not None:
                     spent_s = progress.stats.prefill_s + progress.stats.decode_s
                     self.mean_job_s += 0.1 * (spent_s - self.mean_job_s)

@@ -41,4 +41,5 @@ def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
         start = max(start, num_steps * (1 - config.decay_fraction))
     done = min((step - start) / (num_steps - start), 1.0) if step > start else 0.0
     left = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
-    return config.min_lr + (config.lr - config.min_lr) * left
+    lowest = config.lr / 10 if config.min_lr is None else config.min_lr
+    return lowest + (config.lr - lowest) * left

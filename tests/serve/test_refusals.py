@@ -61,7 +61,7 @@ def refused(server):
         ({"max_tokens": True}, ["valid integer"], "max_tokens"),
         ({"max_tokens": -1}, ["greater than or equal to 0"], "max_tokens"),
         ({"n": 0}, ["greater than or equal to 1"], "n"),
-        ({"seed": -1}, ["greater than or equal to 0"], "seed"),
+        ({"seed": -(2**63) - 1}, ["greater than or equal to -9223372036854775808"], "seed"),
         ({"seed": 2**64}, ["less than"], "seed"),
         ({"seed": 1.0}, ["valid integer"], "seed"),
         ({"top_p": 1.1}, ["less than or equal to 1"], "top_p"),

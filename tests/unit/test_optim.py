@@ -6,6 +6,7 @@ from torch import nn
 
 import eellm
 from eellm.config.optim import OptimConfig
+from eellm.errors import ConfigError
 from eellm.train.optim import learning_rate, make_optimizer
 from tests.models import tiny_config
 
@@ -37,7 +38,7 @@ def test_the_fused_kernel_is_used_and_gives_what_the_plain_formula_gives(dtype):
     torch.manual_seed(0)
     start = [torch.randn(5, 4, dtype=dtype), torch.randn(4, dtype=dtype)]
     grads = [[torch.randn_like(p) for p in start] for _ in range(5)]
-    options = config(weight_decay=0.1, lr=0.01)
+    options = config(weight_decay=0.1, lr=0.01, min_lr=0.001)
     found = [nn.Parameter(p.clone()) for p in start]
     optimizer = make_optimizer(found, options)
     assert all(group["fused"] for group in optimizer.param_groups)
@@ -91,3 +92,20 @@ def test_a_warm_up_that_reaches_into_the_decay_of_wsd_comes_first():
 def test_a_run_that_is_all_warm_up_or_has_none_has_a_rate_at_every_step(schedule):
     assert rates(num_steps=4, schedule=schedule) == [0.25, 0.5, 0.75, 1.0]
     assert rates(num_steps=1, schedule=schedule, warmup_steps=0) == pytest.approx([0.1])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_where_no_lowest_rate_is_given_the_rate_falls_to_a_tenth_of_the_peak(schedule):
+    for lr in (1e-5, 1e-3, 1.0):
+        options = OptimConfig(lr=lr, schedule=schedule, warmup_steps=2)
+        found = [learning_rate(step, 20, options) for step in range(2, 21)]
+        assert found == sorted(found, reverse=True), lr
+        assert found[0] == lr
+        assert found[-1] == pytest.approx(lr / 10)
+
+
+def test_a_lowest_rate_above_the_peak_is_refused():
+    with pytest.raises(ConfigError, match=r"min_lr = 0\.0003: must be at most lr = 0\.0001"):
+        OptimConfig(lr=1e-4, min_lr=3e-4)
+    assert learning_rate(20, 20, OptimConfig(lr=1e-4, min_lr=1e-4)) == 1e-4
+    assert learning_rate(20, 20, OptimConfig(lr=1e-4, min_lr=0)) == 0
