@@ -11,11 +11,12 @@ Shapes: N values of a sample.
 """
 
 from collections.abc import Iterable
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-SAMPLE = 1024
+SAMPLE = 256
 State = tuple[int, int, int]
 """Where the values lie, how often they were written as far as torch knows, and the sum over the sample."""
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -25,25 +26,28 @@ _FACTOR = 6364136223846793005
 
 @torch.no_grad()
 def states(parameters: Iterable[Tensor]) -> tuple[State, ...]:
-    """One look at the device's results for all of them."""
+    """One look at the device's results for all, few operations for each: every call of `generate` asks."""
     parameters = tuple(parameters)
     if not parameters:
         return ()
-    factors_N = _factors().to(parameters[0].device)
-    sums = torch.stack([_sum(p, factors_N.to(p.device)) for p in parameters]).tolist()
+    samples = [_sample(parameter) for parameter in parameters]
+    bits_N = torch.cat([sample.to(samples[0].device) for sample in samples]).long()
+    bits_N ^= bits_N >> 17  # the highest bit by itself, float64's sign, would cancel out of an even number
+    factors = _factors().to(bits_N.device)
+    bits_N *= torch.cat([factors[: len(sample)] for sample in samples])
+    ends = torch.tensor([0, *accumulate(len(sample) for sample in samples)], device=bits_N.device)
+    up_to = torch.cat((bits_N.new_zeros(1), bits_N.cumsum(0)))[ends].tolist()
     return tuple(
-        (p.data_ptr(), 0 if p.is_inference() else p._version, total) for p, total in zip(parameters, sums, strict=True)
+        (p.data_ptr(), 0 if p.is_inference() else p._version, (total - before) % 2**64)
+        for p, before, total in zip(parameters, up_to, up_to[1:], strict=False)
     )
 
 
-def _sum(parameter: Tensor, factors_N: Tensor) -> Tensor:
-    """Of the sample's bits, each times a factor of its own, so that neither order nor signs cancel out; int64, on the
-    first parameter's device once they are stacked."""
+def _sample(parameter: Tensor) -> Tensor:
+    """The bits of up to SAMPLE values at even distances, as whole numbers. They are summed with a factor each, so that
+    neither order nor signs cancel out."""
     values = parameter.detach().reshape(-1)
-    sample_N = values[:: max(1, -(-len(values) // SAMPLE))].contiguous()
-    bits_N = sample_N.view(_INTEGERS[sample_N.itemsize]).long()
-    bits_N = bits_N ^ (bits_N >> 17)  # the highest bit by itself, float64's sign, would cancel out of an even number
-    return (bits_N * factors_N[: len(bits_N)]).sum()
+    return values[:: max(1, -(-len(values) // SAMPLE))].view(_INTEGERS[values.itemsize])
 
 
 def _factors() -> Tensor:
