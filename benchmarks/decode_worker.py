@@ -45,7 +45,7 @@ class Eellm(Decoder):
 
         key = json.dumps([settings, batch], sort_keys=True)
         if key not in self.engines:
-            self.engines[key] = eellm.Engine(self.model, max_batch=batch, **self.options)
+            self.engines[key] = eellm.Engine(self.model, max_batch=batch, recall=0, **self.options)
         engine, settings = self.engines[key], dict(settings)
         if isinstance(settings.get("threshold"), dict):  # JSON's keys are strings
             settings["threshold"] = {int(layer): tau for layer, tau in settings["threshold"].items()}

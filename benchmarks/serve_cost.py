@@ -56,7 +56,7 @@ def cost(model: Any, place: Place, *, clients: int, rounds: int, seconds: float,
     bare: list[Load] = []
     served: list[Load] = []
     try:
-        with eellm.Engine(model, max_batch=16) as engine:
+        with eellm.Engine(model, max_batch=16, recall=0) as engine:
             _serve_bare(engine, clients, 1.0, place.num_tokens, method)  # the first turn warms up
             asyncio.run(load("", place, clients, 1.0))
             for _ in range(rounds):

@@ -91,7 +91,7 @@ def answer(model: Any, prompt: str, num_tokens: int) -> str:
 
 def command(options: argparse.Namespace) -> list[str]:
     serve = [sys.executable, "-m", "eellm", "serve", options.model]
-    return [*serve, "--port", "{port}", "--method", options.method]
+    return [*serve, "--port", "{port}", "--method", options.method, "--recall", "0"]
 
 
 def ours(clients: int, options: argparse.Namespace, expected: Sequence[str]) -> Load:

@@ -81,7 +81,7 @@ class GenerateConfig:
     max_draft: int = 8
     """Under `speculative`, most tokens that are drafted before they are judged; how many is chosen as it goes."""
     lookup: bool = True
-    """Under `speculative`, draft what followed the same words earlier, where there are any."""
+    """Under `speculative`, draft what followed the same words earlier, in this text or a finished one, if any did."""
     always_draft: bool = False
     """Under `speculative`, draft in every round, also where plain decoding is faster by the measured costs."""
     typical: float = 0.0

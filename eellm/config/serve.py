@@ -75,6 +75,9 @@ class ServeConfig:
     shadow: float = 0.0
     """Share of the tokens that are held against the final exit after they left early, to see whether certificates hold;
     not with workers. 0.01 costs next to nothing."""
+    recall: int = 32768
+    """Tokens of finished texts that are remembered, for others' drafts: how fast an answer comes then depends on them,
+    never what it says. 0: none."""
     tp: int = 1
     """So many of the workers share each matrix of a stage (tensor parallel); workers is a multiple of it."""
     dtype: str = "float32"
@@ -98,7 +101,7 @@ class ServeConfig:
         check_literals(self)
         if self.quantize is not None:
             check_choice("quantize", self.quantize, ("int8", "int4"))
-        check_at_least(self, 0, "port", "max_waiting", "max_stops", "stream_s", "drain_s")
+        check_at_least(self, 0, "recall", "port", "max_waiting", "max_stops", "stream_s", "drain_s")
         check_at_least(self, 1, "max_batch", "max_tokens", "max_body_bytes", "max_stop_chars", "workers", "tp")
         check_at_least(self, 1e-3, "deadline_s", "body_s")
         check_fraction(self, "shadow")

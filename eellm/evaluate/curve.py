@@ -190,7 +190,7 @@ def _pipeline(model: EarlyExitLM, config: CurveConfig) -> Iterator[Engine | None
     if config.workers == 1:
         yield None
         return
-    with Engine(model, max_batch=1, max_tokens=model.config.max_seq_len, workers=config.workers) as engine:
+    with Engine(model, max_batch=1, max_tokens=model.config.max_seq_len, workers=config.workers, recall=0) as engine:
         _run(model, [0], config.options(1.0), engine)  # the first run of a process is slower
         yield engine
 

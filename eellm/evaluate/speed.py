@@ -1,8 +1,9 @@
 """How fast a model decodes on this machine: methods, batch sizes, weights of fewer bits, each against full depth.
 
 Every setting takes turns with plain full-depth decoding of the same prompts (full, setting, full, setting, …) in one
-process; reported are medians of the rates and of the ratios of neighbours. The limit is the time in which the matrices
-of one token are read, at the best rate at which this machine adds up memory of that size.
+process, each on an engine of its own that recalls no finished text, so that neither finds rows or drafts that the other
+left. Reported are medians of the rates and of the ratios of neighbours. The limit is the time in which the matrices of
+one token are read, at the best rate at which this machine adds up memory of that size.
 """
 
 import dataclasses
@@ -10,7 +11,6 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import median
@@ -75,31 +75,25 @@ def settings(model: EarlyExitLM, batch_sizes: Sequence[int], threshold: float, *
 def measure_speed(
     model: EarlyExitLM, rows: Sequence[Setting], *, num_tokens: int, rounds: int, cache_dir: Path | None = None
 ) -> list[Speed]:
-    """Each setting's speed. Every round has prompts of its own, so that no row is reused from the one before."""
-    largest = max(row.batch_size for row in rows)
-    with ExitStack() as stack:
-        engines = {
-            kind: stack.enter_context(Engine(model, max_batch=largest, quantize=kind, cache_dir=cache_dir))
-            for kind in {None, *(row.quantize for row in rows)}
-        }
-        return [_in_turns(model, engines, row, num_tokens, rounds) for row in rows]
+    """Each setting's speed. Every round has prompts of its own, and every setting two engines: nothing is reused from
+    the round before or from the other side."""
+    return [_in_turns(model, row, num_tokens, rounds, cache_dir) for row in rows]
 
 
-def _in_turns(
-    model: EarlyExitLM, engines: Mapping[Quantize | None, Engine], row: Setting, num_tokens: int, rounds: int
-) -> Speed:
+def _in_turns(model: EarlyExitLM, row: Setting, num_tokens: int, rounds: int, cache_dir: Path | None) -> Speed:
     plain = Setting(name="full", options={"method": "full"}, batch_size=row.batch_size)
     rates, ratios, same = [], [], []
-    for number in range(rounds + 1):
-        prompts = prompts_for(model, row.batch_size, number)
-        expected, plain_rate = _run(engines[None], plain, prompts, num_tokens)
-        tokens, rate = _run(engines[row.quantize], row, prompts, num_tokens)
-        if number == 0:
-            continue  # warms up
-        rates.append(rate)
-        ratios.append(rate / plain_rate)
-        same += [_same_prefix(a, b) for a, b in zip(expected, tokens, strict=True)]
-    num_bytes = engines[row.quantize].stats().weight_bytes
+    with _engine(model, plain, cache_dir) as reference, _engine(model, row, cache_dir) as engine:
+        for number in range(rounds + 1):
+            prompts = prompts_for(model, row.batch_size, number)
+            expected, plain_rate = _run(reference, plain, prompts, num_tokens)
+            tokens, rate = _run(engine, row, prompts, num_tokens)
+            if number == 0:
+                continue  # warms up
+            rates.append(rate)
+            ratios.append(rate / plain_rate)
+            same += [_same_prefix(a, b) for a, b in zip(expected, tokens, strict=True)]
+        num_bytes = engine.stats().weight_bytes
     return Speed(
         name=row.name,
         batch_size=row.batch_size,
@@ -109,6 +103,10 @@ def _in_turns(
         ratio_range=(min(ratios), max(ratios)),
         same_tokens=sum(same) / len(same),
     )
+
+
+def _engine(model: EarlyExitLM, row: Setting, cache_dir: Path | None) -> Engine:
+    return Engine(model, max_batch=row.batch_size, quantize=row.quantize, cache_dir=cache_dir, recall=0)
 
 
 def _run(engine: Engine, row: Setting, prompts: Sequence[Any], num_tokens: int) -> tuple[list[list[int]], float]:

@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any, Self
 
 from eellm.config.infer import GenerateConfig, generate_config
-from eellm.errors import CertificateError, ConfigError, RequestError, WorkerError
+from eellm.errors import ConfigError, RequestError, WorkerError
 from eellm.exits.lm import EarlyExitLM
 from eellm.infer.backend import Backend
 from eellm.infer.decode.make import Methods
 from eellm.infer.handle import Handle
+from eellm.infer.lookup import Recall
 from eellm.infer.packing import Packed
 from eellm.infer.places import Places
 from eellm.infer.quantize import Quantize
-from eellm.infer.request import Prompt, Request, check_prompts, make_request, make_scoring
+from eellm.infer.request import Prompt, check_certified, check_prompts, make_request, make_scoring
 from eellm.infer.result import EngineStats, Generation
 from eellm.infer.sampling import Sampler
 from eellm.infer.score import Score, Scoring
@@ -46,6 +47,7 @@ class Engine:
         tp: int = 1,
         timeout_s: float = 60.0,
         shadow: float = 0.0,
+        recall: int = 32768,
         packed: Packed | None = None,
     ) -> None:
         """model: a model, or what `eellm.load` takes. max_batch: requests served at the same time; others wait for
@@ -60,10 +62,12 @@ class Engine:
         the engine, on the others it serves until the engine closes, and then ends the process. tp: so many of them
         share each matrix of a stage. timeout_s: without a sign of life, after which a worker is given up. shadow: share
         of the tokens that are held against the final exit after they left early, to see whether certificates still hold
-        (see `stats`); not with workers. packed: where engines of models that share parameters share the matrices made
-        of them; not with workers."""
+        (see `stats`); not with workers. recall: tokens of finished texts that are remembered, to look drafts up in;
+        they change how fast a text is made, never the text; 0: none. packed: where engines of models that share
+        parameters share the matrices made of them; not with workers."""
         if workers > 1 and shadow > 0:
             raise ConfigError(f"shadow = {shadow}: tokens can't be checked across workers; leave one of the two out")
+        self.recall = Recall(recall)
         self.backend = Backend(
             model,
             quantize=quantize,
@@ -82,7 +86,7 @@ class Engine:
             weakref.finalize(self, self.crew.close)
         self.failure: WorkerError | None = None
         self.shadow = Shadow(shadow)
-        self.methods = Methods(self.backend.costs, self.shadow)
+        self.methods = Methods(self.backend.costs, self.recall, self.shadow)
         self.max_tokens = min(max_tokens, self.model.config.max_seq_len)
         self.places = Places(max_batch, self.backend.memory, self.loop.own_layer, self.max_tokens)
         self.waiting: deque[Sequence] = deque()
@@ -101,7 +105,7 @@ class Engine:
         request = make_request(self.model, prompt, options or generate_config(**fields))
         if request.options.method == "pipelined" and self.crew is None:
             raise RequestError("method = 'pipelined' needs worker processes: make the engine with workers=2 or more")
-        self._check_certified(request)
+        check_certified(request, self.backend.quantize)
         config = self.model.config
         needed = request.capacity(config.max_seq_len)
         if needed > self.max_tokens:
@@ -175,7 +179,7 @@ class Engine:
         """`score` for at least one text, a part at a time: for between two steps."""
         made = [make_scoring(self.model, text, exit, fields) for text in texts]
         rule = made[0][0]  # all have the same
-        self._check_certified(rule)
+        check_certified(rule, self.backend.quantize)
         tokens = [(request.tokens, first) for request, first in made]
         return Scoring(self.backend.whole_network(), tokens, rule.thresholds, rule.policy, top_logprobs=top_logprobs)
 
@@ -236,14 +240,6 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _check_certified(self, request: Request) -> None:
-        """Raises CertificateError where the engine doesn't compute with the weights that the certificate is for."""
-        if request.certificate is not None and self.backend.quantize is not None:
-            raise CertificateError(
-                f"risk = {request.options.risk:g}: certificates are for the weights as they are, not for those rounded "
-                f"to {self.backend.quantize}; leave quantize out, or give a threshold"
-            )
-
     def _check_workers(self) -> None:
         if self.failure is not None:
             raise WorkerError(str(self.failure))
@@ -275,6 +271,7 @@ class Engine:
         self.running.clear()
         self.waiting = deque(seq for seq in self.waiting if seq.finish_reason is None)
         self.places.clear()
+        self.recall.clear()
 
     def _admit(self) -> None:
         while self.waiting:
@@ -295,3 +292,4 @@ class Engine:
         self.places.take_back(seq)
         self.running.remove(seq)
         self.num_finished += 1
+        self.recall.add(seq.tokens)

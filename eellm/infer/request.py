@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from eellm.config.calibrate import Certificate
 from eellm.config.infer import POLICY, GenerateConfig, PolicyName, generate_config, thresholds_by_layer
-from eellm.errors import ConfigError, RequestError
+from eellm.errors import CertificateError, ConfigError, RequestError
 from eellm.exits.certified import certified
 from eellm.exits.lm import EarlyExitLM
 from eellm.text.tokenizer import Tokenizer
@@ -71,6 +71,16 @@ def make_scoring(
     if len(tokens) > model.config.max_seq_len + 1:
         raise RequestError(f"the text has {len(tokens)} tokens; the model's context is {model.config.max_seq_len}")
     return _request(model, tokens, options), first
+
+
+def check_certified(request: Request, quantize: str | None) -> None:
+    """Raises CertificateError where the engine doesn't compute with the weights that the certificate is for. quantize:
+    what it rounds them to."""
+    if request.certificate is not None and quantize is not None:
+        raise CertificateError(
+            f"risk = {request.options.risk:g}: certificates are for the weights as they are, not for those rounded "
+            f"to {quantize}; leave quantize out, or give a threshold"
+        )
 
 
 def check_prompts(prompts: Sequence[Prompt]) -> Sequence[Prompt]:

@@ -57,6 +57,7 @@ def make_served(
         cache_dir=cache_dir,
         workers=config.workers,
         shadow=config.shadow,
+        recall=config.recall,
         packed=packed,
         tp=config.tp,
     )

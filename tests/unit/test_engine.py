@@ -220,6 +220,7 @@ def test_ten_thousand_requests_leave_nothing_behind():
             serve(range(start, start + 50))
         gc.collect()
         before, held = len(gc.get_objects()), engine.stats().memory_bytes
+        assert engine.recall.num_tokens > 30_000, "it is about full"
         for start in range(2000, 10000, 50):
             serve(range(start, start + 50))
         gc.collect()
@@ -228,3 +229,5 @@ def test_ten_thousand_requests_leave_nothing_behind():
         assert stats.memory_bytes == held
         assert len(gc.get_objects()) < before + 500
         assert engine.places.slots.num_known_rows <= 16 * 64
+        assert engine.recall.num_tokens <= 32768
+        assert engine.recall.num_ngrams <= 4 * 32768

@@ -49,8 +49,8 @@ OPTIONS = {
     """,
     "serve": """
         model adapter name models host port api-keys open-to-all allowed-hosts cors-origins max-batch max-waiting
-        max-tokens max-body-bytes max-stops max-stop-chars method quantize compile workers tp shadow dtype device
-        warm-up stream-s deadline-s body-s drain-s log-prompts
+        max-tokens max-body-bytes max-stops max-stop-chars method quantize compile workers tp shadow recall dtype
+        device warm-up stream-s deadline-s body-s drain-s log-prompts
     """,
     "tune": """
         model.base model.adapter model.exits model.init model.fit-scale model.dtype model.device

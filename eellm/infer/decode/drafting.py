@@ -1,8 +1,9 @@
 """How much a sequence drafts in its next round, and by whom: what was right so far, against what it costs.
 
-Every drafter, an exit or looking up, has a running estimate of how likely its drafts are right. Each round takes the
-one that makes tokens fastest by the measured costs, with the length that does; none, where plain decoding is as fast.
-Then a round is drafted all the same now and then, so that the estimates don't go stale (field notes C2).
+Every drafter, an exit or looking up, has a running estimate of how likely its drafts are right; of looking up, each
+length of match has one, since short matches are right much less often. Each round takes the drafter that makes tokens
+fastest by the measured costs, with the length that does; none, where plain decoding is as fast. Then a round is drafted
+all the same now and then, so that the estimates don't go stale (field notes C2).
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from functools import lru_cache
 
 from eellm.infer.costs import StepCosts
 from eellm.infer.drafts import Acceptance, DraftPlan, best_draft, best_lookup
-from eellm.infer.lookup import PromptLookup
+from eellm.infer.lookup import LENGTHS, NOTHING, Found, Lookup, Recall
 
 MARGIN = 0.03
 """How much faster than plain decoding drafting must be, under the guard."""
@@ -25,12 +26,16 @@ GRID = 32
 class Drafters:
     """What all sequences of an engine have found out about drafting: where a new one starts from."""
 
-    def __init__(self, costs: StepCosts) -> None:
+    def __init__(self, costs: StepCosts, recall: Recall) -> None:
+        """recall: of the texts that are finished."""
         self.costs = costs
+        self.recall = recall
         self.batch_size = 1
         """Sequences that are running: they share a pass."""
-        self.right = {layer: Acceptance(HOPE, weight=2.0) for layer in costs.stops}
-        """By the exit that drafts; the last layer's are the looked up ones."""
+        self.right = {layer: Acceptance(HOPE, weight=2.0) for layer in costs.stops[:-1]}
+        """By the exit that drafts."""
+        self.matched = {length: Acceptance(HOPE, weight=2.0) for length in LENGTHS}
+        """Of what was looked up, by the length of the match."""
         self.sure = {layer: Acceptance(prior=0.5) for layer in costs.stops[:-1]}
         """How often an exit is sure enough of a row to draft."""
         self.plan_exit = lru_cache(maxsize=4096)(self._plan_exit)
@@ -64,8 +69,9 @@ class Drafting:
         self.margin = MARGIN if is_guarded else -1.0
         self.max_draft = max_draft
         self.right = {layer: Acceptance(known.probability) for layer, known in drafters.right.items()}
+        self.matched = {length: Acceptance(known.probability) for length, known in drafters.matched.items()}
         self.sure = {layer: Acceptance(known.probability) for layer, known in drafters.sure.items()}
-        self.lookup = PromptLookup(prompt) if lookup else None
+        self.lookup = Lookup(prompt) if lookup else None
         self.num_known = len(prompt)
         self.idle_rounds = 0
         self.num_drafts = 0
@@ -74,58 +80,61 @@ class Drafting:
         """Whether the last draft's own row goes along, for a token more if all are right."""
         self.layer = 0
         """Of the exit that drafts in this round; 0: none."""
+        self.length = 0
+        """Of the match behind this round's drafts; 0: they aren't looked up."""
 
     def begin(self, tokens: Sequence[int], most: int, exits: Mapping[int, float]) -> list[int]:
         """Starts a round of at most `most` drafts by one of the exits; returns those that are looked up instead."""
         most = min(self.max_draft, most)
-        self.num_drafts, self.bonus, self.layer = 0, False, 0
+        self.num_drafts, self.bonus, self.layer, self.length = 0, False, 0, 0
         found = self._look_up(tokens, most)
-        if most < 1 or not (found or exits):
+        if most < 1 or not (found.tokens or exits):
             return []
-        plans = self._plans(most, exits, looked_up=bool(found))
-        best = min(plans, key=lambda plan: plan.seconds_per_token)
+        best = min(self._plans(most, exits, found), key=lambda plan: plan.seconds_per_token)
         if best.num_drafts == 0:
             self.idle_rounds += 1
             if self.idle_rounds < PROBE_EVERY:
                 return []
-            best = self._probe(exits, looked_up=bool(found))
+            best = self._probe(exits, found)
         self.idle_rounds = 0
         self.num_drafts = best.num_drafts
         if best.layer == self.drafters.costs.num_layers:
-            return found[: best.num_drafts]
+            self.length = found.length
+            return found.tokens[: best.num_drafts]
         self.layer, self.bonus = best.layer, best.bonus
         return []
 
-    def _look_up(self, tokens: Sequence[int], most: int) -> list[int]:
+    def _look_up(self, tokens: Sequence[int], most: int) -> Found:
+        """In the sequence's own text, or in a finished one where more tokens match."""
         if self.lookup is None:
-            return []
+            return NOTHING
         for token in tokens[self.num_known :]:
             self.lookup.append(token)
         self.num_known = len(tokens)
-        return self.lookup.draft(most) if most > 0 else []
+        if most < 1:
+            return NOTHING
+        own = self.lookup.draft(most)
+        recalled = self.drafters.recall.draft(tokens[-LENGTHS[0] :], most, longer_than=own.length)
+        return recalled if recalled.tokens else own
 
-    def _plans(self, most: int, exits: Mapping[int, float], *, looked_up: bool) -> list[DraftPlan]:
-        drafters, last = self.drafters, self.drafters.costs.num_layers
+    def _plans(self, most: int, exits: Mapping[int, float], found: Found) -> list[DraftPlan]:
+        drafters, size = self.drafters, self.drafters.batch_size
         plans = [
-            drafters.plan_exit(
-                layer,
-                _rounded(self.right[layer]),
-                _rounded(self.sure[layer]),
-                most,
-                drafters.batch_size,
-                self.margin,
-            )
+            drafters.plan_exit(layer, _rounded(self.right[layer]), _rounded(self.sure[layer]), most, size, self.margin)
             for layer in exits
         ]
-        if looked_up:
-            plans.append(drafters.plan_lookup(_rounded(self.right[last]), most, drafters.batch_size, self.margin))
+        if found.tokens:
+            right = _rounded(self.matched[found.length])
+            plans.append(drafters.plan_lookup(right, len(found.tokens), size, self.margin))
         return plans
 
-    def _probe(self, exits: Mapping[int, float], *, looked_up: bool) -> DraftPlan:
+    def _probe(self, exits: Mapping[int, float], found: Found) -> DraftPlan:
         """One draft, by whoever has been right most often."""
         last = self.drafters.costs.num_layers
-        candidates = [*exits, last] if looked_up else [*exits]
-        layer = max(candidates, key=lambda layer: self.right[layer].probability)
+        right = {layer: self.right[layer].probability for layer in exits}
+        if found.tokens:
+            right[last] = self.matched[found.length].probability
+        layer = max(right, key=lambda layer: right[layer])
         return DraftPlan(num_drafts=1, bonus=layer == last, layer=layer, seconds_per_token=0.0)
 
     def tested(self, layer: int, is_sure: bool) -> None:
@@ -133,11 +142,16 @@ class Drafting:
         for known in (self.sure[layer], self.drafters.sure[layer]):
             known.update(1, int(is_sure))
 
-    def judged(self, layers: Sequence[int], num_right: int) -> None:
-        """How the round ended. layers: of the drafts, all by the same one; the last layer for those looked up."""
-        if layers:
-            for known in (self.right[layers[0]], self.drafters.right[layers[0]]):
-                known.update(len(layers), num_right)
+    def judged(self, num_drafted: int, num_right: int) -> None:
+        """How the round ended."""
+        if self.length:
+            estimates = (self.matched[self.length], self.drafters.matched[self.length])
+        elif self.layer:
+            estimates = (self.right[self.layer], self.drafters.right[self.layer])
+        else:
+            return
+        for known in estimates:
+            known.update(num_drafted, num_right)
 
 
 def _rounded(known: Acceptance) -> int:

@@ -8,6 +8,7 @@ from eellm.infer.decode.drafting import Drafters, Drafting
 from eellm.infer.decode.early import Early
 from eellm.infer.decode.guarded import ExitShares, GuardedEarly
 from eellm.infer.decode.speculative import Speculative
+from eellm.infer.lookup import Recall
 from eellm.infer.request import Request
 from eellm.infer.shadow import Shadow
 
@@ -15,8 +16,9 @@ from eellm.infer.shadow import Shadow
 class Methods:
     """An engine's methods. Costs are asked for when the first request needs them."""
 
-    def __init__(self, costs: Callable[[], StepCosts], shadow: Shadow | None = None) -> None:
+    def __init__(self, costs: Callable[[], StepCosts], recall: Recall, shadow: Shadow | None = None) -> None:
         self._costs = costs
+        self._recall = recall
         self._shadow = shadow
         self._drafters: Drafters | None = None
         self._shares: dict[object, ExitShares] = {}
@@ -27,7 +29,7 @@ class Methods:
         options = request.options
         if options.method == "speculative" or (options.method == "auto" and not options.exits_answer):
             if self._drafters is None:
-                self._drafters = Drafters(self._costs())
+                self._drafters = Drafters(self._costs(), self._recall)
             drafting = Drafting(
                 self._drafters,
                 request.tokens,

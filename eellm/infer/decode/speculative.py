@@ -4,7 +4,7 @@ A round starts with the last token emitted. Its row, and those of the drafts aft
 when an exit isn't sure, or enough is drafted, all of them go on together, and the final exit judges each. Accepted
 drafts are emitted, and so is one token of the final exit's own: in place of the first wrong draft or, where the last
 row drafted nothing, after it. Rows behind the first wrong draft are cropped. Drafts that repeat what followed the
-same words earlier (prompt lookup) cost no exit: their rows enter together and go straight to the end.
+same words earlier, here or in a finished text, cost no exit: their rows enter together and go straight to the end.
 
 Tokens are those of full depth, sampled ones too: a draft is right where it is the token that the final exit chooses by
 itself. At a place of the answer both choose with the same luck, which is why they mostly agree (`eellm.infer.luck`;
@@ -102,7 +102,7 @@ class Speculative:
         """What the round says of its drafter."""
         seq.work.drafted += len(self.drafts)
         seq.work.accepted += num_right
-        self.drafting.judged([draft.layer for draft in self.drafts], num_right)
+        self.drafting.judged(len(self.drafts), num_right)
         if self.drafting.layer:
             for _ in self.drafts:
                 self.drafting.tested(self.drafting.layer, True)
