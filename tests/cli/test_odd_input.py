@@ -131,3 +131,12 @@ def test_a_bad_number_that_may_be_left_out_is_refused_in_the_same_words(command,
     code, _, err = command("prepare", "--input", "x", "--out", tmp_path / "d", "--tokenizer", "bytes", "--workers", "x")
     assert code == 2
     assert "--workers: 'x' is not a whole number; see" in err
+
+
+def test_half_a_surrogate_pair_is_refused_where_a_tokenizer_is_trained(command, tmp_path):
+    (tmp_path / "half.jsonl").write_text('{"text": "whole"}\n{"text": "\\ud83d"}\n')
+    code, _, err = command(
+        "prepare", "--input", tmp_path / "half.jsonl", "--out", tmp_path / "d", "--train-tokenizer", 300
+    )
+    assert (code, err.count("\n")) == (2, 1)
+    assert "half.jsonl:2: the text holds half of a surrogate pair" in err
