@@ -153,7 +153,7 @@ def config_of(path: Path, hf: dict[str, Any]) -> ModelConfig:
     """The content of the config.json at `path`. Raises CheckpointError."""
     try:
         return config_from_hf(hf)
-    except (TypeError, ConfigError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError, ConfigError) as error:
         raise CheckpointError(f"{path}: config.json: {error}") from None
 
 

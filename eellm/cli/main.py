@@ -3,8 +3,10 @@
 Data goes to stdout, logs to stderr. Exit codes: 0, 2 for what the user can mend (one line says what), 130 for Ctrl-C.
 """
 
+import os
 import sys
 from importlib import import_module
+from pathlib import Path
 
 from eellm.errors import ConfigError, EellmError, did_you_mean
 from eellm.log import log_to_stderr
@@ -29,31 +31,47 @@ VERBS = {
 
 def main(args: list[str] | None = None) -> int:
     """Runs one verb; returns the process's exit code."""
-    args = sys.argv[1:] if args is None else args
-    if not args or args[0] in ("-h", "--help"):
-        print(_help())
-        return 0
-    if args[0] == "--version":
-        print(import_module("eellm").__version__)
-        return 0
-    log_to_stderr()
     try:
-        if args[0] not in VERBS:
-            kind, known = ("option", ("--help", "--version")) if args[0].startswith("-") else ("command", VERBS)
-            raise ConfigError(f"unknown {kind} '{args[0]}'{did_you_mean(args[0], known)}; see 'eellm --help'")
-        import_module(VERBS[args[0]][0]).main(args[1:])
+        try:
+            _run(sys.argv[1:] if args is None else args)
+        finally:
+            sys.stdout.flush()  # at the process's end nobody could say that it failed
     except EellmError as error:
         print(f"eellm: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our stdout has left: nothing to say, and nowhere to say it
-        sys.stderr.close()
+        _forget_output()
         return 0
     except OSError as error:  # what the machine refuses: permissions, a full disk, a file where a directory should be
+        _forget_output()
         print(f"eellm: {error.filename or 'input/output'}: {error.strerror or error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _run(args: list[str]) -> None:
+    if not args or args[0] in ("-h", "--help"):
+        print(_help())
+        return
+    if args[0] == "--version":
+        print(import_module("eellm").__version__)
+        return
+    log_to_stderr()
+    if args[0] not in VERBS:
+        kind, known = ("option", ("--help", "--version")) if args[0].startswith("-") else ("command", VERBS)
+        raise ConfigError(f"unknown {kind} '{args[0]}'{did_you_mean(args[0], known)}; see 'eellm --help'")
+    import_module(VERBS[args[0]][0]).main(args[1:])
+
+
+def _forget_output() -> None:
+    """What stdout still holds goes nowhere, where it can't go where it should: else Python tries again at the end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _help() -> str:

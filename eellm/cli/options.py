@@ -71,12 +71,14 @@ def _flags(cls: type, prefix: str) -> Iterator[str]:
         if dataclasses.is_dataclass(hints[field.name]):
             yield from _flags(hints[field.name], f"{prefix}{name}.")
         else:
-            yield from (f"{prefix}{name}", f"{prefix}no-{name}")
+            yield f"{prefix}{name}"
+            if hints[field.name] is bool:
+                yield f"{prefix}no-{name}"
 
 
 def _one_line(box: str, verb: str) -> str:
-    """The message inside the box that tyro prints."""
-    lines = [re.sub(r"^[│╭╰─\s]+|[│╮╯─\s]+$", "", line) for line in box.splitlines()]
+    """The message inside the box that tyro prints, of lines or, where a terminal has none, of dashes."""
+    lines = [re.sub(r"^([│╭╰─\s]|-{8,})+|([│╮╯─\s]|-{8,})+$", "", line) for line in box.splitlines()]
     text = " ".join(line for line in lines[1:] if line)
     message = re.split(r" For full helptext| Argument helptext", text)[0].strip()
     for theirs, ours in _WORDS.items():
@@ -84,7 +86,9 @@ def _one_line(box: str, verb: str) -> str:
     return f"{message}; see 'eellm {verb} --help'"
 
 
-_WORDS = {  # Python's words for a bad number
+_WORDS = {  # Python's and tyro's words for a bad number
+    r"no type matching \{None\}\|INT could be instantiated from \['(.*?)'\].*": r"'\1' is not a whole number",
+    r"no type matching \{None\}\|FLOAT could be instantiated from \['(.*?)'\].*": r"'\1' is not a number",
     r"invalid literal for int\(\) with base 10: (.+)": r"\1 is not a whole number",
     r"could not convert string to float: (.+)": r"\1 is not a number",
 }

@@ -1,11 +1,9 @@
 """`eellm train RECIPE.toml [--parallel.tp 2 …]`, in one process or in each of those that torchrun starts."""
 
-import tomllib
 from pathlib import Path
-from typing import Any
 
 from eellm.cli.options import parse
-from eellm.config.load import from_dict, from_toml, to_dict
+from eellm.config.load import from_toml, read_toml, to_dict
 from eellm.config.train import TrainConfig
 from eellm.errors import ConfigError
 
@@ -36,14 +34,11 @@ def main(args: list[str]) -> None:
 def _read(recipe: Path, args: list[str]) -> TrainConfig:
     """The recipe; one without a model has that of `--init-from`."""
     start = _option(args, "--init-from")
-    if start is None or not recipe.is_file():
-        return from_toml(TrainConfig, recipe)
-    data: dict[str, Any] = tomllib.loads(recipe.read_text(encoding="utf-8"))
-    if "model" in data:
+    if start is None or "model" in read_toml(recipe):
         return from_toml(TrainConfig, recipe)
     from eellm.checkpoint.parts import read_model_config
 
-    return from_dict(TrainConfig, {**data, "model": to_dict(read_model_config(Path(start)))})
+    return from_toml(TrainConfig, recipe, {"model": to_dict(read_model_config(Path(start)))})
 
 
 def _option(args: list[str], name: str) -> str | None:

@@ -15,18 +15,26 @@ from eellm.errors import ConfigError, did_you_mean
 T = TypeVar("T")
 
 
-def from_toml(cls: type[T], path: Path) -> T:
-    """Reads a recipe. Errors: ConfigError, with the file's name in front."""
+def from_toml(cls: type[T], path: Path, missing: dict[str, Any] | None = None) -> T:
+    """Reads a recipe; `missing` has what stands for tables that it leaves out. Errors: ConfigError that begins with the
+    file's name."""
+    data = read_toml(path)
     try:
-        return from_dict(cls, tomllib.loads(path.read_text(encoding="utf-8")))
+        return from_dict(cls, {**(missing or {}), **data})
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a recipe says, unchecked. Errors: ConfigError, with the file's name in front."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such recipe") from None
     except OSError as error:
         raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a TOML file: {error}") from None
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
 
 
 def from_dict(cls: type[T], data: Any, path: str = "") -> T:

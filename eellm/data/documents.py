@@ -108,7 +108,7 @@ def not_utf8(reason: str, place: int) -> str:
 def _from_line(line: str) -> str | Messages:
     try:
         return content_of(json.loads(line))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"not JSON ({error}); {EXPECTED}") from None
 
 

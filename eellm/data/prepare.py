@@ -14,13 +14,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from eellm.data.documents import naming
 from eellm.data.encode import cut_text, encode_all, make_chunks
 from eellm.data.inputs import find_inputs, fingerprint, read_inputs, size_of
 from eellm.data.shards import Shards, check_free, is_prepared, writing
 from eellm.errors import DataError
 from eellm.log import log
 from eellm.text.bytes import train_bpe
-from eellm.text.tokenizer import Tokenizer
+from eellm.text.tokenizer import Tokenizer, check_well_formed
 
 _TRAINING_LETTERS = 1 << 16
 """Of a text that the tokenizer's trainer gets at once; it holds a few hundred of them."""
@@ -81,7 +82,10 @@ def _training_texts(inputs: Sequence[str], advance: Callable[[int], object]) -> 
             raise DataError(
                 f"{document.where}: a chat needs a model's tokenizer, which has a chat template; give --tokenizer"
             )
-        yield from cut_text(document.text, _TRAINING_LETTERS, lambda left, right: True)
+        for text in cut_text(document.text, _TRAINING_LETTERS, lambda left, right: True):
+            with naming(document.where):
+                check_well_formed(text)
+            yield text
 
 
 @contextmanager

@@ -6,6 +6,7 @@ are refused, /ready says so, running ones have `drain_s` to end; a second signal
 
 import asyncio
 import contextlib
+import errno
 import signal
 import socket
 import time
@@ -48,13 +49,18 @@ def bound(host: str, port: int) -> Generator[socket.socket]:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ConfigError(f"host = {host!r}: {error.strerror or error}") from None
+    except (OSError, UnicodeError) as error:  # the latter of what no host can be called
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"host = {host!r}: {reason}") from None
     with listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind(address)
         except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise ConfigError(
+                    f"host = {host!r}: this is no address of this machine; 0.0.0.0 is all of them"
+                ) from None
             raise ConfigError(f"port = {port}: {error.strerror} at {host}; name another, or 0 for any") from None
         yield listening
 

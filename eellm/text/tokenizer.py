@@ -150,7 +150,8 @@ class Tokenizer:
         try:
             return encode([text], add_special_tokens=add_special_tokens)[0]
         except TypeError:
-            raise RequestError("the text holds half of a surrogate pair; send well-formed Unicode") from None
+            check_well_formed(text)
+            raise
 
     def _id_of(self, token: str | None) -> int | None:
         return None if token is None else self._backend.token_to_id(token)
@@ -212,3 +213,11 @@ def _template_source(files: Mapping[str, bytes], config: dict[str, Any]) -> str 
     if not isinstance(template, str | None):
         raise TypeError(f"chat_template = {template!r}")
     return template
+
+
+def check_well_formed(text: str) -> None:
+    """Raises RequestError for a text that is no Unicode: JSON can hold one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RequestError("the text holds half of a surrogate pair; send well-formed Unicode") from None

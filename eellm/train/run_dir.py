@@ -99,7 +99,8 @@ class RunDir:
         temporary.replace(self.metrics)
 
     def _states(self) -> list[Path]:
-        return sorted(self.path.glob("state-*"))
+        """Oldest first."""
+        return sorted(self.path.glob("state-*"), key=lambda path: (len(path.name), path.name))
 
 
 def hold(path: Path, world: World) -> RunDir | None:

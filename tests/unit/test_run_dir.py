@@ -79,6 +79,15 @@ def test_a_state_replaces_the_one_before_and_the_newest_is_loaded(tmp_path):
     assert len(list(tmp_path.glob("state-*"))) == 1
 
 
+def test_the_newest_state_has_the_largest_number_however_many_digits_it_has(tmp_path, monkeypatch):
+    run_dir = RunDir(tmp_path)
+    monkeypatch.setattr("eellm.train.run_dir._remove", lambda directory: None)  # killed before the older one went
+    for step in (999_950, 1_000_000):
+        run_dir.save_state(step, {}, {"x": torch.tensor([step])})
+    data, tensors = run_dir.load_state()
+    assert (data["step"], tensors["x"].item()) == (1_000_000, 1_000_000)
+
+
 def test_to_start_anew_forgets_everything_that_a_resume_would_take_up(tmp_path):
     run_dir = RunDir(tmp_path)
     run_dir.save_state(5, {}, {"w": torch.zeros(1)})
