@@ -10,7 +10,6 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import median
@@ -75,31 +74,35 @@ def settings(model: EarlyExitLM, batch_sizes: Sequence[int], threshold: float, *
 def measure_speed(
     model: EarlyExitLM, rows: Sequence[Setting], *, num_tokens: int, rounds: int, cache_dir: Path | None = None
 ) -> list[Speed]:
-    """Each setting's speed. Every round has prompts of its own, so that no row is reused from the one before."""
-    largest = max(row.batch_size for row in rows)
-    with ExitStack() as stack:
-        engines = {
-            kind: stack.enter_context(Engine(model, max_batch=largest, quantize=kind, cache_dir=cache_dir))
-            for kind in {None, *(row.quantize for row in rows)}
-        }
-        return [_in_turns(model, engines, row, num_tokens, rounds) for row in rows]
+    """Each setting's speed. A setting and full depth beside it have an engine each, made for them, so that neither
+    reuses rows or what was found out of the other or of the setting before; every round has prompts of its own."""
+    speeds = []
+    for row in rows:
+        plain = Setting(name="full", options={"method": "full"}, batch_size=row.batch_size)
+        with _engine(model, plain, cache_dir) as full, _engine(model, row, cache_dir) as engine:
+            speeds.append(_in_turns(model, (full, plain), (engine, row), num_tokens, rounds))
+    return speeds
+
+
+def _engine(model: EarlyExitLM, row: Setting, cache_dir: Path | None) -> Engine:
+    return Engine(model, max_batch=row.batch_size, quantize=row.quantize, cache_dir=cache_dir)
 
 
 def _in_turns(
-    model: EarlyExitLM, engines: Mapping[Quantize | None, Engine], row: Setting, num_tokens: int, rounds: int
+    model: EarlyExitLM, full: tuple[Engine, Setting], early: tuple[Engine, Setting], num_tokens: int, rounds: int
 ) -> Speed:
-    plain = Setting(name="full", options={"method": "full"}, batch_size=row.batch_size)
+    engine, row = early
     rates, ratios, same = [], [], []
     for number in range(rounds + 1):
         prompts = prompts_for(model, row.batch_size, number)
-        expected, plain_rate = _run(engines[None], plain, prompts, num_tokens)
-        tokens, rate = _run(engines[row.quantize], row, prompts, num_tokens)
+        expected, plain_rate = _run(*full, prompts, num_tokens)
+        tokens, rate = _run(engine, row, prompts, num_tokens)
         if number == 0:
             continue  # warms up
         rates.append(rate)
         ratios.append(rate / plain_rate)
         same += [_same_prefix(a, b) for a, b in zip(expected, tokens, strict=True)]
-    num_bytes = engines[row.quantize].stats().weight_bytes
+    num_bytes = engine.stats().weight_bytes
     return Speed(
         name=row.name,
         batch_size=row.batch_size,
