@@ -132,12 +132,17 @@ def _load_backbone(directory: Path, dtype: str, device: str | torch.device) -> E
     if not (directory / "config.json").exists():
         raise CheckpointError(f"{directory} is not a model directory: it has no config.json")
     hf = read_json(directory / "config.json")
-    if (directory / "generation_config.json").exists():  # there the ends of text are complete
-        hf["eos_token_id"] = read_json(directory / "generation_config.json").get("eos_token_id", hf.get("eos_token_id"))
+    if (directory / "generation_config.json").exists():  # a chat's end is often named there alone
+        more = read_json(directory / "generation_config.json").get("eos_token_id")
+        hf["eos_token_id"] = list(dict.fromkeys((*_listed(hf.get("eos_token_id")), *_listed(more))))
     tensors = ((name, t) for file in weight_files(directory) for name, t in read_tensors(file))
     model = _assemble(config_of(directory, hf), tensors, dtype, device, directory)
     model.tokenizer = Tokenizer.from_dir(directory)
     return model
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
 
 
 def _load_gguf(file: Path, adapter: str | Path | None, dtype: str, device: str | torch.device) -> EarlyExitLM:

@@ -47,7 +47,7 @@ class Options:
     """Layers of the exits in use under a threshold."""
     limit: int | None = None
     """Documents of each task, from the beginning. Default: all."""
-    fewshot: int = 0
+    fewshot: int | None = None
     """Examples with answers in front of each question."""
     chat: bool = False
     """Put questions through the model's chat template."""

@@ -217,7 +217,9 @@ def _run_interleaved(
 
 
 def _run(model: EarlyExitLM, prompt: list[int], options: GenerateConfig, engine: Engine | None = None) -> _Sample:
-    """engine: unset, one of its own."""
+    """engine: unset, one of its own. Either way no row of the prompt is there yet."""
+    if engine is not None:
+        engine.places.forget()
     run = stream(model, prompt, options) if engine is None else engine.submit(prompt, options)
     return _Sample([token.id for token in run], run.stats())
 

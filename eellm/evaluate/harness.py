@@ -25,6 +25,7 @@ from eellm.evaluate.rule import ExitRule
 from eellm.exits.lm import EarlyExitLM
 from eellm.infer.engine import Engine
 from eellm.infer.quantize import Quantize
+from eellm.infer.request import split_pair
 from eellm.log import log
 
 Pair = tuple[list[int], list[int]]
@@ -118,6 +119,10 @@ class EellmLM(TemplateLM):
             add_special_tokens = not begins
         return self._tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
+    def _encode_pair(self, context: str, continuation: str) -> Pair:
+        """The same as `Engine.score` makes of the two."""
+        return split_pair(self.tok_encode, context, continuation)
+
     @property
     def tokenizer_name(self) -> str:
         return self._tokenizer.fingerprint
@@ -205,7 +210,7 @@ class EellmLM(TemplateLM):
 
     def _cut(self, pair: Pair) -> Pair:
         """A context without the beginning that the model has no room for; its last token predicts and isn't fed."""
-        context, continuation = pair
+        context, continuation = pair[0] or [self.prefix_token_id], pair[1]
         room = self.max_length + 1 - len(continuation)
         if room < 1:
             raise RequestError(

@@ -92,14 +92,14 @@ def read_losses(model: EarlyExitLM, documents: Sequence[Document], config: Calib
 
 def _batches(documents: Sequence[Document], batch_size: int, seq_len: int) -> Iterator[Batch]:
     """Every document in rows of its own, so that nothing about it depends on the others; as long as the longest of
-    the batch needs."""
+    `batch_size` documents needs. A batch has as many rows at the most, however long documents are."""
     for start in range(0, len(documents), batch_size):
         some = documents[start : start + batch_size]
         width = min(seq_len, max(len(document.tokens) for document in some))
         packed = [pack([document], width) for document in some]
-        yield Batch.of(
-            Rows(**{field.name: np.concatenate([getattr(p, field.name) for p in packed]) for field in fields(Rows)})
-        )
+        rows = {field.name: np.concatenate([getattr(p, field.name) for p in packed]) for field in fields(Rows)}
+        for first in range(0, len(rows["tokens_NT"]), batch_size):
+            yield Batch.of(Rows(**{name: values[first : first + batch_size] for name, values in rows.items()}))
 
 
 class AnswerLosses:

@@ -42,8 +42,8 @@ class TasksConfig:
     """A directory with more task files."""
     limit: int | None = None
     """Documents of each task; unset, all."""
-    fewshot: int = 0
-    """Examples with answers in front of each question."""
+    fewshot: int | None = None
+    """Examples with answers in front of each question; unset, as many as the task says."""
     chat: bool = False
     """Questions go through the model's chat template."""
     batch_size: int = 16
@@ -151,7 +151,7 @@ def _ask(
         tasks=list(tasks.values()),
         task_manager=manager,  # without it, lm-eval reads its own thousands of files each time
         limit=config.limit,
-        num_fewshot=config.fewshot or None,
+        num_fewshot=config.fewshot,
         apply_chat_template=config.chat,
         bootstrap_iters=0,  # ours are over the same documents for all rules
     )

@@ -43,7 +43,7 @@ def early_pays(
     `eellm.plan.decode`, whose formulas for the rows of a pass these are. gated: gates say whether an exit is sure.
     whole: all of these exits are used, or none. Found as shortest paths from exit to exit, for every last one.
     """
-    layers = tuple(layer for layer in costs.stops[:-1] if not whole or layer in exits.shares)
+    layers = tuple(layer for layer in costs.stops[:-1] if layer in exits.shares)
     below = {layer: sum(share for at, share in exits.shares.items() if at <= layer) for layer in (0, *layers)}
 
     @cache

@@ -44,6 +44,11 @@ class Places:
         self.slots.release(seq.slot)
         seq.waiting = []
 
+    def forget(self) -> None:
+        """No row is known any more; nobody may have a slot."""
+        assert self.slots.num_free == len(self.slots), "nobody has a slot"
+        self.slots = Slots(len(self.slots))
+
     def clear(self) -> None:
         """Nobody has a slot and no row is known, after a pass or a copy that was broken off. Memory grows anew."""
         assert isinstance(self.memory, Memory), "an engine with workers has failed then"

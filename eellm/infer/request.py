@@ -1,6 +1,6 @@
 """From what a user asks to what can be run: a prompt's token ids and the exits in use, all checked before any work."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -62,7 +62,7 @@ def make_scoring(
         fields = {"exits": (exit,), "threshold": 0.0}
     options = generate_config(method="early" if fields else "full", **fields)
     if isinstance(text, tuple) and len(text) == 2 and not isinstance(text[0], int):
-        context, continuation = (prompt_tokens(model, cast("Prompt", part)) for part in text)
+        context, continuation = _pair_tokens(model, *cast("tuple[Prompt, Prompt]", text))
         tokens, first = [*context, *continuation], len(context)
     else:
         tokens, first = prompt_tokens(model, cast("Prompt", text)), 1
@@ -81,6 +81,44 @@ def check_certified(request: Request, quantize: str | None) -> None:
             f"risk = {request.options.risk:g}: certificates are for the weights as they are, not for those rounded "
             f"to {quantize}; leave quantize out, or give a threshold"
         )
+
+
+def _pair_tokens(model: EarlyExitLM, context: Prompt, continuation: Prompt) -> tuple[list[int], list[int]]:
+    """One text in two parts: only its beginning gets what the tokenizer puts in front of texts."""
+    if not len(context):
+        context = [prefix_token(model)]
+        if isinstance(continuation, str):
+            continuation = _tokenizer(model).encode(continuation, add_special_tokens=False)
+    elif isinstance(context, str) and isinstance(continuation, str) and continuation:
+        before, after = split_pair(_tokenizer(model).encode, context, continuation)
+        return before or [prefix_token(model)], after
+    elif isinstance(continuation, str):
+        continuation = _tokenizer(model).encode(continuation, add_special_tokens=False)
+    return prompt_tokens(model, context), prompt_tokens(model, continuation)
+
+
+def split_pair(encode: Callable[..., list[int]], context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Ids of a text, cut where its continuation begins, as lm-eval does: spaces between the two belong to the
+    continuation. One that a single token holds together with the context's end is encoded by itself."""
+    spaces = context[len(context.rstrip()) :]
+    context, continuation = context.rstrip(), spaces + continuation
+    before = encode(context)
+    after = encode(context + continuation)[len(before) :]
+    return before, after or encode(continuation, add_special_tokens=False)
+
+
+def prefix_token(model: EarlyExitLM) -> int:
+    """What stands in front of a text that has nothing in front: the token that begins a text, or that ended the one
+    before. Raises RequestError where the model names neither."""
+    tokenizer, ends = model.tokenizer, model.config.eos_token_ids
+    known = (*((tokenizer.bos_id, tokenizer.eos_id) if tokenizer is not None else ()), *ends)
+    for token in known:
+        if token is not None:
+            return token
+    raise RequestError(
+        "the context is empty, and the model names no token that begins or ends a text (bos_token, eos_token in "
+        "tokenizer_config.json); give a context"
+    )
 
 
 def check_prompts(prompts: Sequence[Prompt]) -> Sequence[Prompt]:

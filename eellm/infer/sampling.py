@@ -91,7 +91,9 @@ def penalised(logits_V: Tensor, seen: Tensor, penalty: float) -> Tensor:
 def lowered(logits_V: Tensor, said: Sequence[int], presence: float, frequency: float) -> Tensor:
     """OpenAI's penalties: logit - presence · (was said) - frequency · (times it was said)."""
     tokens, counts = torch.tensor(said, device=logits_V.device).unique(return_counts=True)
-    return logits_V.index_add(0, tokens, -(presence + frequency * counts.to(logits_V.dtype)))
+    most = torch.finfo(logits_V.dtype).max  # neither the penalty nor what it makes of a logit may be infinite
+    changed = logits_V[tokens].double() - (presence + frequency * counts.double()).clamp(-most, most)
+    return logits_V.index_copy(0, tokens, changed.clamp(-most, most).to(logits_V.dtype))
 
 
 def filtered(logits_V: Tensor, sampling: Sampling) -> Tensor:

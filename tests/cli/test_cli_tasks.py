@@ -90,6 +90,22 @@ def test_tasks_from_files_are_answered_under_each_rule_and_compared(model, folde
     assert [logprob for logprob, _ in said["said"]] == pytest.approx([one.logprob for one in expected], abs=1e-3)
 
 
+def test_no_examples_are_asked_for_and_none_stand_in_front_whatever_the_task_says(model, folder, tmp_path, capsys):
+    pytest.importorskip("lm_eval", reason="lm-eval isn't installed: pip install 'eellm[eval]'")
+    task = (folder / "tiny_choices.yaml").read_text().replace("task: tiny_choices", "task: tiny_with_examples")
+    include = tmp_path / "include"
+    include.mkdir()
+    (include / "tiny_with_examples.yaml").write_text(task + "num_fewshot: 2\n")
+    said = {}
+    for number, asked in enumerate((["--fewshot", "0"], ["--fewshot", "2"], [])):
+        out = tmp_path / f"out{number}"
+        options = ["--tasks", "tiny_with_examples", "--include", str(include), "--out", str(out), *asked]
+        assert main(["tasks", model, *options]) == 0
+        said[number] = (out / "samples.jsonl").read_text()
+    capsys.readouterr()
+    assert said[0] != said[1] == said[2]
+
+
 def test_the_table_goes_to_stdout_and_chats_and_examples_can_stand_in_front(model, folder, capsys):
     pytest.importorskip("lm_eval", reason="lm-eval isn't installed: pip install 'eellm[eval]'")
     options = ["--tasks", "tiny_choices", "--include", str(folder), "--fewshot", "1", "--chat"]

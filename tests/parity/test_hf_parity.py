@@ -119,6 +119,9 @@ def test_an_end_of_text_token_ends_the_text_and_the_generation_config_knows_all_
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, end]}))
     ours = eellm.load(tmp_path)
     assert ours.config.eos_token_ids == (2, end)
+    for ends, expected in (([end], (2, end)), (end, (2, end)), (None, (2,)), ([end, 2], (2, end))):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        assert eellm.load(tmp_path).config.eos_token_ids == expected, "those of config.json end a text too"
     (out,) = eellm.generate(ours, [prompt], max_new_tokens=20, method="full")
     assert out.tokens == free.tokens[: free.tokens.index(end) + 1]
     assert out.finish_reason == "eos"

@@ -1,12 +1,16 @@
 """`auto`: speculation or early exit as far as they pay by measured costs, plain decoding where they don't."""
 
 import json
+from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import eellm
 from eellm.infer import measure
 from eellm.infer.costs import StepCosts
+from eellm.infer.decode.guarded import ExitShares
 from eellm.infer.packed import PackedNetwork
 from eellm.infer.prepare import network_of
 from tests.models import oracle, tiny_model
@@ -105,3 +109,32 @@ def test_batches_under_auto_stay_lossless(batch):
     outs = eellm.generate(model, prompts, method="auto", max_new_tokens=40)
     for out, prompt in zip(outs, prompts, strict=True):
         assert out.tokens == [row[0] for row in oracle(model, prompt, num_tokens=40, thresholds={})]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), gated=st.booleans(), whole=st.booleans())
+def test_whatever_costs_and_thresholds_know_only_exits_with_a_threshold_are_used(data, gated, whole):
+    exits = sorted(data.draw(st.sets(st.integers(1, 11), min_size=1, max_size=5)))
+    used = sorted(data.draw(st.sets(st.sampled_from(exits), min_size=1)))
+    head_s = st.sampled_from([1e-300, 1e-9, 0.1, 1.0, 30.0])
+    costs = step_costs(
+        (*exits, 12),
+        layer_s=data.draw(st.sampled_from([1e-9, 1.0])),
+        exit_s={layer: data.draw(head_s) for layer in (*exits, 12)},
+        overhead_s=data.draw(st.sampled_from([0.0, 1.0])),
+    )
+    # a gate is there for those that the request names, and for some others
+    have = {*used, *data.draw(st.sets(st.sampled_from(exits)))}
+    costs = replace(costs, gate_s={layer: costs.gate_s[layer] for layer in have if gated})
+    shares = ExitShares(costs, dict.fromkeys(used, 0.5), data.draw(st.integers(1, 16)), gated=gated, whole=whole)
+    for layer in data.draw(st.lists(st.sampled_from([*used, 12]), min_size=16, max_size=48)):
+        shares.batch_size = data.draw(st.sampled_from([1, 2, 100]))
+        shares.saw(layer)
+        assert shares.in_use.keys() <= set(used)
+
+
+def test_an_exit_without_a_gate_is_no_obstacle_to_others_under_the_gate_policy():
+    gates = (eellm.ExitConfig(layer=2, kind="norm", gate_size=8), eellm.ExitConfig(layer=4, kind="norm"))
+    model = tiny_model(seed=4, exits=gates)
+    (out,) = eellm.generate(model, [PROMPT], method="auto", policy="gate", exits=(2,), threshold=0.3, max_new_tokens=40)
+    assert set(out.exits) <= {2, 6}

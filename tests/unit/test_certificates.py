@@ -113,6 +113,22 @@ def test_a_document_longer_than_the_rows_is_one_unit_all_the_same():
     assert losses.counts_U.tolist() == [len(document.tokens) - 1 for document in documents]
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+def test_batches_have_so_many_rows_at_the_most_however_long_documents_are_and_change_no_loss(batch_size, monkeypatch):
+    model, sizes = shared_model(), []
+    documents = documents_of(units_of([" ".join(TEXTS[:20]), *TEXTS[20:26], " ".join(TEXTS[:5])]), model.tokenizer)
+    config = CalibrateConfig(risk=0.1, metric="perplexity", seq_len=16, batch_size=batch_size)
+    hiddens = model.hiddens
+    monkeypatch.setattr(
+        model, "hiddens", lambda tokens_BT, rows: sizes.append(len(tokens_BT)) or hiddens(tokens_BT, rows)
+    )
+    losses, _ = read_losses(model, documents, config).of({2: 0.4, 4: 0.2}, np.arange(8))
+    assert max(sizes) <= batch_size
+    monkeypatch.undo()
+    alone = [read_losses(model, [document], config).of({2: 0.4, 4: 0.2}, np.arange(1)) for document in documents]
+    assert losses == pytest.approx([loss for (loss,), _ in alone], abs=1e-5)
+
+
 def test_what_an_answer_loses_is_rouge_l_to_full_depth_s_or_what_full_depth_is_nearer_to_the_reference():
     model = shared_model()
     config = CalibrateConfig(risk=0.1, metric="rouge_l", max_new_tokens=6)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eellm
-from eellm.infer.sampling import Sampler, filtered, penalised
+from eellm.infer.sampling import Sampler, filtered, lowered, penalised
 from tests.models import drawn_oracle, tiny_model
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -231,3 +231,20 @@ def test_extreme_penalties_and_temperatures_leave_probabilities_that_can_be_draw
     assert found.isfinite().all()
     assert float(found.sum()) == pytest.approx(1)
     assert sampler.draw(logits) == (0 if penalty < 1 else 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("presence", [0.0, 1e308, -1e308, 7e4])
+@pytest.mark.parametrize("frequency", [0.0, 1e308, -1e308])
+@pytest.mark.parametrize("repetition", [1.0, 1e-308, 1e308])
+def test_no_penalty_is_so_large_that_probabilities_are_no_numbers(dtype, presence, frequency, repetition):
+    said = [0, 0, 1, 2, 2, 2]
+    for logits in ([2.0, -1.0, 0.0], [2.0, -1.0, 0.0, 5.0], [-torch.inf, 1.0, 3.0]):
+        logits_V = torch.tensor(logits, dtype=dtype)
+        logits_V = penalised(logits_V, torch.tensor(said), repetition)
+        logits_V = lowered(logits_V, said, presence, frequency)
+        assert not logits_V.isnan().any()
+        assert not (logits_V == torch.inf).any()
+        probabilities_V = filtered(logits_V - logits_V.max(), eellm.Sampling(temperature=1.0))
+        assert probabilities_V.isfinite().all()
+        assert float(probabilities_V.sum()) == pytest.approx(1, abs=0.01)

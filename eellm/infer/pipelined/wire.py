@@ -43,7 +43,7 @@ TAG = 0
 NUM_AHEAD = 4
 """Receives that are posted."""
 MESSAGE_BYTES = 1 << 16
-"""A whole message; beyond it, the tensor follows by itself."""
+"""A whole message; beyond it, the tensor follows by itself, or all that comes behind the head."""
 HEAD = 4
 """Numbers in front of the values."""
 
@@ -73,16 +73,16 @@ class Outbox:
         self._number += 1
         num_bytes = 0 if data is None else data.nbytes
         start = 8 * (HEAD + len(values))
-        is_inside = start + num_bytes <= MESSAGE_BYTES
-        assert start <= MESSAGE_BYTES, f"{len(values)} values are no small message"
-        message = torch.empty(start + num_bytes if is_inside else start, dtype=torch.uint8)
-        message[:start].view(torch.float64).numpy()[:] = [self._number, kind, len(values), num_bytes, *values]
+        whole = torch.empty(start, dtype=torch.uint8)
+        whole.view(torch.float64).numpy()[:] = [self._number, kind, len(values), num_bytes, *values]
         if data is not None:
             data = data.detach().contiguous().cpu().view(torch.uint8).flatten()
-            if is_inside:
-                message[start:] = data
-        self._post(message, TAG)
-        if data is not None and not is_inside:
+            if start > MESSAGE_BYTES or start + num_bytes <= MESSAGE_BYTES:
+                whole, data = torch.cat((whole, data)), None
+        if start > MESSAGE_BYTES:
+            whole, data = whole.tensor_split((8 * HEAD,))
+        self._post(whole, TAG)
+        if data is not None:
             self._post(data, TAG + 1)
         return self._number
 
@@ -139,14 +139,20 @@ class Inbox:
         number, kind, num_values, num_bytes = map(int, head.tolist())
         assert number == self._number, f"message {number} came where {self._number} was due"
         start = 8 * (HEAD + num_values)
-        values = message[8 * HEAD : start].view(torch.float64).tolist()
-        if num_bytes == 0:
-            return Message(kind, values, None)
-        if start + num_bytes <= MESSAGE_BYTES:
-            return Message(kind, values, message[start : start + num_bytes])
+        if start > MESSAGE_BYTES:
+            rest = self._more(start + num_bytes - 8 * HEAD, timeout)
+            numbers, data = rest.tensor_split((start - 8 * HEAD,))
+        elif start + num_bytes <= MESSAGE_BYTES:
+            numbers, data = message[8 * HEAD : start], message[start : start + num_bytes]
+        else:
+            numbers, data = message[8 * HEAD : start], self._more(num_bytes, timeout)
+        return Message(kind, numbers.view(torch.float64).tolist(), data if num_bytes else None)
+
+    def _more(self, num_bytes: int, timeout: timedelta) -> Tensor:
+        """What follows the message by itself."""
         data = torch.empty(num_bytes, dtype=torch.uint8)
         wait_for(self._group.recv([data], self._peer, TAG + 1), timeout)
-        return Message(kind, values, data)
+        return data
 
 
 def wait_for(work: dist.Work, timeout: timedelta) -> None:
