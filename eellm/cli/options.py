@@ -60,7 +60,9 @@ def _refuse_unknown(known: set[str], args: list[str], verb: str) -> None:
     for word in args:
         flag = word.split("=")[0]
         if flag.startswith("--") and " " not in flag and flag.replace("_", "-") not in known:
-            raise ConfigError(f"unknown option '{flag}'{did_you_mean(flag, known)}; see 'eellm {verb} --help'")
+            raise ConfigError(
+                f"unknown option '{flag}'{did_you_mean(flag, known)}; see 'eellm {verb.split()[0]} --help'"
+            )
 
 
 def _flags(cls: type, prefix: str) -> Iterator[str]:
@@ -83,7 +85,7 @@ def _one_line(box: str, verb: str) -> str:
     message = re.split(r" For full helptext| Argument helptext", text)[0].strip()
     for theirs, ours in _WORDS.items():
         message = re.sub(theirs, ours, message)
-    return f"{message}; see 'eellm {verb} --help'"
+    return f"{message}; see 'eellm {verb.split()[0]} --help'"
 
 
 _WORDS = {  # Python's and tyro's words for a bad number

@@ -1,5 +1,6 @@
 """`[optim]`: AdamW and its learning rate, for training and tuning alike."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,6 +36,9 @@ class OptimConfig:
         check_literals(self)
         check_fraction(self, "decay_fraction")
         check_at_least(self, 0, "lr", "min_lr", "warmup_steps", "weight_decay", "clip")
+        for name in ("lr", "weight_decay"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"{name} = {getattr(self, name)!r}: must be finite")
         if self.min_lr is not None and self.min_lr > self.lr:
             raise ConfigError(
                 f"min_lr = {self.min_lr!r}: must be at most lr = {self.lr!r}; leave it out for a tenth of it"

@@ -18,7 +18,8 @@ from eellm.config.train import TextConfig
 from eellm.data.loader import Batch, Order
 from eellm.data.packing import label_rows
 from eellm.data.sources import Source, open_sources
-from eellm.errors import RunError
+from eellm.errors import DataError, RunError
+from eellm.exits.loss import IGNORE
 from eellm.text.tokenizer import Tokenizer
 
 
@@ -110,7 +111,8 @@ class Validation:
 
 
 def open_data(config: TextConfig, *, vocab_size: int, seed: int) -> tuple[Stream, Validation, Tokenizer]:
-    """What a run learns from, what it is measured on, and the tokenizer of both. Raises as `open_sources`."""
+    """What a run learns from, what it is measured on, and the tokenizer of both. Raises as `open_sources`,
+    and DataError where nothing could be measured."""
     names = (*config.train, *config.validation)
     sources = open_sources(names, tokenizer=config.tokenizer, vocab_size=vocab_size)
     train, others = sources[: len(config.train)], sources[len(config.train) :]
@@ -119,7 +121,19 @@ def open_data(config: TextConfig, *, vocab_size: int, seed: int) -> tuple[Stream
     parts = [(source, range(count_rows(source, config.seq_len))) for source in others] or [
         (source, split(source, config.seq_len, held_back)) for source in train
     ]
-    return stream, Validation(parts, seq_len=config.seq_len, num_rows=config.validation_rows), sources[0].tokenizer
+    validation = Validation(parts, seq_len=config.seq_len, num_rows=config.validation_rows)
+    _check_can_be_measured(validation)
+    return stream, validation, sources[0].tokenizer
+
+
+def _check_can_be_measured(validation: Validation) -> None:
+    """Here, before the run: its end is a bad time to hear of it."""
+    has_targets = any(bool((batch.labels_BT != IGNORE).any()) for batch in validation.batches(64))
+    if len(validation) > 0 and not has_targets:
+        raise DataError(
+            "the validation text has no token to be predicted; give more text, a larger data.validation_fraction, or "
+            "data.validation_rows = 0"
+        )
 
 
 def count_rows(source: Source, seq_len: int) -> int:

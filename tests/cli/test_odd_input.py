@@ -116,7 +116,7 @@ def test_a_recipe_may_begin_with_a_byte_order_mark(command, tmp_path):
 def test_only_switches_can_be_switched_off(command):
     code, _, err = command("serve", "m", "--no-port")
     assert code == 2
-    assert "unknown option '--no-port' (did you mean '--port'?)" in err
+    assert "unknown option '--no-port' (did you mean '--port'?); see 'eellm serve --help'" in err
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])

@@ -18,7 +18,7 @@ from eellm.data.prepare import prepare
 from eellm.data.shards import Shards, writing
 from eellm.data.sources import Source
 from eellm.data.stream import Stream, Validation, blend, open_data, read_rows, split
-from eellm.errors import RunError
+from eellm.errors import DataError, RunError
 from eellm.text.bytes import byte_tokenizer
 
 FIELDS = ("tokens", "labels", "positions", "documents")
@@ -304,6 +304,16 @@ def test_validation_sources_of_their_own_are_taken_whole_and_nothing_is_held_bac
 def test_no_validation_is_asked_for_where_nothing_is_held_back():
     _, validation, _ = open_data(config_of(validation_fraction=0.0), vocab_size=257, seed=0)
     assert (len(validation), list(validation.batches(4))) == (0, [])
+
+
+def test_validation_rows_without_a_token_to_be_predicted_are_refused_before_the_run(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 64)  # 65 tokens: the last one is alone in the row that is held back
+    options = {"train": (str(tmp_path / "a.txt"),), "seq_len": 8}
+    with pytest.raises(DataError, match=r"no token to be predicted; give more .* or data\.validation_rows = 0"):
+        open_data(config_of(**options), vocab_size=257, seed=0)
+    assert len(open_data(config_of(**options, validation_rows=0), vocab_size=257, seed=0)[1]) == 0
+    (tmp_path / "a.txt").write_text("x" * 65)
+    assert len(open_data(config_of(**options), vocab_size=257, seed=0)[1]) == 1
 
 
 def test_a_prepared_directory_gives_the_stream_of_its_text(tmp_path):

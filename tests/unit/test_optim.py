@@ -109,3 +109,9 @@ def test_a_lowest_rate_above_the_peak_is_refused():
         OptimConfig(lr=1e-4, min_lr=3e-4)
     assert learning_rate(20, 20, OptimConfig(lr=1e-4, min_lr=1e-4)) == 1e-4
     assert learning_rate(20, 20, OptimConfig(lr=1e-4, min_lr=0)) == 0
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_a_rate_without_bound_is_refused(name):
+    with pytest.raises(ConfigError, match=f"{name} = inf: must be finite"):
+        OptimConfig(**{name: float("inf")})
