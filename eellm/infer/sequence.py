@@ -63,6 +63,8 @@ class Sequence:
         """Emitted and not taken yet."""
         self.emitted: list[Token] = []
         self.finish_reason: str | None = None
+        self._end: tuple[int, str] | None = None
+        """Once the last token is on its way out: how many there are with it, and why it is the last."""
         self.times: list[float] = []
         """When it was admitted, and when each token was emitted."""
         self._decoder = StreamDecoder(tokenizer) if tokenizer is not None else None
@@ -112,7 +114,9 @@ class Sequence:
 
     def interrupt(self) -> None:
         """Ends it where it is, unless it has ended: its rows are lost, its tokens stand."""
-        self.finish_reason = self.finish_reason or "interrupted"
+        if self.finish_reason is None:
+            num, reason = self._end or (-1, "")  # between the last token's lines: it is out, or it is lost
+            self.finish_reason = reason if len(self.emitted) == num else "interrupted"
         self.waiting = []
 
     # --- tokens ---
@@ -133,7 +137,7 @@ class Sequence:
         is_eos = token in self.eos_token_ids
         text, stopped = self._text_of(token, last=is_eos or self.room == 0)
         if stopped or is_eos or self.room == 0:
-            self.finish_reason = "stop" if stopped else "eos" if is_eos else "length"
+            self._end = (len(self.emitted) + 1, "stop" if stopped else "eos" if is_eos else "length")
         self.tokens.append(token)
         self.times.append(time.perf_counter())
         num_top = self.request.options.top_logprobs
@@ -146,8 +150,10 @@ class Sequence:
             top=reading.top(num_top) if num_top else (),
             passed=passed,
         )
-        self.emitted.append(new)
         self.new.append(new)
+        self.emitted.append(new)
+        if self._end is not None:
+            self.finish_reason = self._end[1]
 
     def _text_of(self, token: int, *, last: bool) -> tuple[str, bool]:
         """The text that is certain now, and whether a stop string ended it."""

@@ -74,12 +74,13 @@ def test_a_request_whose_memory_can_t_be_had_ends_and_those_behind_it_are_served
     assert_goes_on(engine, handles, expected)
 
 
-def interrupt(call, num_lines):
-    """KeyboardInterrupt before that many more lines of `eellm.infer` have run; False: there weren't so many."""
+def interrupt(call, num_lines, *, counts=lambda frame: True):
+    """KeyboardInterrupt before that many more lines of `eellm.infer` have run, of the frames that count; False: there
+    weren't so many."""
 
     def trace(frame, event, _):
         nonlocal num_lines
-        if not frame.f_code.co_filename.startswith(INFER):
+        if not frame.f_code.co_filename.startswith(INFER) or not counts(frame):
             return None
         num_lines -= event == "line"
         if num_lines == 0:
@@ -110,3 +111,23 @@ def test_whatever_line_is_interrupted_the_engine_goes_on(expected, start_line):
             break
         num_lines += 97
     assert num_interrupted > 10
+
+
+def test_whatever_line_of_the_last_token_s_way_out_is_interrupted_the_answer_is_whole_or_called_broken_off(expected):
+    num_lines = 1
+    reasons = []
+
+    def is_last(frame):
+        return frame.f_code.co_name == "emit" and frame.f_locals["self"].room <= 1
+
+    while True:
+        engine = eellm.Engine(MODEL, max_batch=2)
+        handles = start(engine)
+        was_interrupted = interrupt(handles[0].result, num_lines, counts=is_last)
+        assert_goes_on(engine, handles, expected)
+        if not was_interrupted:
+            break
+        reasons.append(handles[0].finish_reason)
+        num_lines += 1
+    assert {"interrupted", "length"} <= set(reasons)
+    assert len(reasons) > 15
