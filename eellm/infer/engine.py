@@ -13,8 +13,9 @@ from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Any, Self
 
-from eellm.config.infer import GenerateConfig, generate_config
-from eellm.errors import CertificateError, ConfigError, RequestError, WorkerError
+from eellm.config.check import check_whole
+from eellm.config.infer import GenerateConfig, check_engine, generate_config
+from eellm.errors import CertificateError, RequestError, WorkerError
 from eellm.exits.lm import EarlyExitLM
 from eellm.infer.backend import Backend
 from eellm.infer.decode.make import Methods
@@ -41,7 +42,7 @@ class Engine:
         max_tokens: int = 4096,
         quantize: Quantize | None = None,
         compile: bool | None = None,
-        cache_dir: Path | None = None,
+        cache_dir: str | Path | None = None,
         workers: int = 1,
         tp: int = 1,
         timeout_s: float = 60.0,
@@ -62,8 +63,7 @@ class Engine:
         of the tokens that are held against the final exit after they left early, to see whether certificates still hold
         (see `stats`); not with workers. packed: where engines of models that share parameters share the matrices made
         of them; not with workers."""
-        if workers > 1 and shadow > 0:
-            raise ConfigError(f"shadow = {shadow}: tokens can't be checked across workers; leave one of the two out")
+        check_engine(max_batch, max_tokens, quantize, compile, workers, tp, timeout_s=timeout_s, shadow=shadow)
         self.backend = Backend(
             model,
             quantize=quantize,
@@ -173,6 +173,7 @@ class Engine:
         **fields: Any,
     ) -> Scoring:
         """`score` for at least one text, a part at a time: for between two steps."""
+        check_whole("top_logprobs", top_logprobs, 0)
         made = [make_scoring(self.model, text, exit, fields) for text in texts]
         rule = made[0][0]  # all have the same
         self._check_certified(rule)
