@@ -9,6 +9,7 @@ EellmError
 ├── DataError            a text or token file is missing, empty or malformed
 ├── RequestError         a prompt or a generation option can't be served
 ├── CertificateError     a risk is asked for that no certificate of these weights covers
+├── ModelError           a model's logits are no numbers: nothing can be said of them
 ├── WorkerError          a process that an engine needs has died or hangs; what was running has failed
 └── RunError             a training run can't start or go on (directory in use, nothing to resume, NaN)
 
@@ -54,6 +55,19 @@ class RequestError(EellmError):
 
 class CertificateError(EellmError):
     """A risk is asked for that no certificate of these weights covers."""
+
+
+class ModelError(EellmError):
+    """A model's logits are no numbers (NaN), so that it says nothing: its weights are damaged, or too large for their
+    dtype."""
+
+    @classmethod
+    def no_numbers(cls, layer: int) -> "ModelError":
+        """What the exit after that layer says; the last layer's is the final exit."""
+        return cls(
+            f"the logits of the exit after layer {layer} are no numbers (NaN): the weights are damaged, or what they "
+            "make of this text is too large for their dtype; load the model in float32, or leave the exit out"
+        )
 
 
 class WorkerError(EellmError):

@@ -42,6 +42,20 @@ def check_at_least(config: Any, minimum: float, *names: str) -> None:
             raise ConfigError(f"{name} = {value!r}: must be at least {minimum}")
 
 
+def check_whole(name: str, value: object, minimum: int) -> None:
+    """A setting that is a whole number of at least `minimum`; True is none."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ConfigError(f"{name} = {value!r}: must be a whole number")
+    if value < minimum:
+        raise ConfigError(f"{name} = {value!r}: must be at least {minimum}")
+
+
+def check_switch(name: str, value: object, *, may_be_unset: bool = False) -> None:
+    """A setting that is True or False, or None where that may be."""
+    if not (isinstance(value, bool) or (value is None and may_be_unset)):
+        raise ConfigError(f"{name} = {value!r}: must be True or False{', or None' if may_be_unset else ''}")
+
+
 def check_fraction(config: Any, *names: str) -> None:
     """Each named field lies in [0, 1]."""
     check_numbers(config, *names)

@@ -1,13 +1,22 @@
 """What a user asks of generation: sampling, the method, the exit rule. Plain numbers, no torch."""
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, get_args
 
-from eellm.config.check import check_at_least, check_choice, check_fraction, check_literals, check_numbers
-from eellm.errors import ConfigError
+from eellm.config.check import (
+    check_at_least,
+    check_choice,
+    check_fraction,
+    check_literals,
+    check_numbers,
+    check_switch,
+    check_whole,
+)
+from eellm.errors import ConfigError, did_you_mean
 
 Method = Literal["full", "early", "speculative", "pipelined", "auto"]
 PolicyName = Literal["max_prob", "margin", "entropy", "gate"]
@@ -101,6 +110,12 @@ class GenerateConfig:
         check_at_least(self, 0, "top_logprobs")
         check_at_least(self, 1, "max_new_tokens", "max_deferred", "max_draft")
         check_fraction(self, "typical")
+        for name in ("lookup", "always_draft", "ignore_eos"):
+            check_switch(name, getattr(self, name))
+        for layer in self.exits or ():
+            check_whole("exits", layer, 1)
+        if not isinstance(self.sampling, Sampling):
+            raise ConfigError(f"sampling = {self.sampling!r}: must be a Sampling, as Sampling(temperature=0.7) is")
         if self.policy is not None:
             check_choice("policy", self.policy, get_args(PolicyName))
         if self.risk is not None:
@@ -138,12 +153,48 @@ def check_risk(config: Any) -> None:
 
 
 def generate_config(*, exits: Iterable[int] | None = None, stop: Iterable[str] = (), **fields: Any) -> GenerateConfig:
-    """Options by name, as people write them: lists for tuples, one stop string without a list."""
+    """Options by name, as people write them: lists for tuples, one stop string without a list. Raises ConfigError for
+    what is none."""
+    known = [field.name for field in dataclasses.fields(GenerateConfig)]
+    for name in fields:
+        if name not in known:
+            raise ConfigError(f"{name!r} is no option of generation{did_you_mean(name, known)}")
+    for name, value in (("exits", exits), ("stop", stop)):
+        if not isinstance(value, Iterable | None):
+            raise ConfigError(f"{name} = {value!r}: must be a list")
     return GenerateConfig(
         exits=None if exits is None else tuple(exits),
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         **fields,
     )
+
+
+def check_engine(
+    max_batch: int,
+    max_tokens: int,
+    quantize: str | None,
+    compile: bool | None,
+    workers: int,
+    tp: int,
+    *,
+    timeout_s: float,
+    shadow: float,
+) -> None:
+    """Settings of an engine, before anything is started. Raises ConfigError."""
+    for name, value in (("max_batch", max_batch), ("max_tokens", max_tokens), ("workers", workers), ("tp", tp)):
+        check_whole(name, value, 1)
+    if quantize is not None:
+        check_choice("quantize", quantize, ("int8", "int4"))
+    check_switch("compile", compile, may_be_unset=True)
+    for name, value in (("timeout_s", timeout_s), ("shadow", shadow)):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise ConfigError(f"{name} = {value!r}: must be a number")
+    if not 0 < timeout_s < math.inf:
+        raise ConfigError(f"timeout_s = {timeout_s!r}: must be above 0 and finite")
+    if not 0 <= shadow <= 1:
+        raise ConfigError(f"shadow = {shadow!r}: must lie between 0 and 1, as 0.01 does")
+    if workers > 1 and shadow > 0:
+        raise ConfigError(f"shadow = {shadow}: tokens can't be checked across workers; leave one of the two out")
 
 
 def _check_threshold(value: object) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from eellm.config.infer import GenerateConfig, Threshold, thresholds_by_layer
-from eellm.errors import ConfigError, DataError
+from eellm.errors import ConfigError, DataError, ModelError
 from eellm.exits.lm import EarlyExitLM
 from eellm.exits.loss import IGNORE, cross_entropy
 from eellm.exits.policy import SCORES
@@ -148,7 +148,7 @@ def exit_table(
     """Asks every exit of `model` about every target row of `batches`.
 
     policies: the scores to keep. chunk_size: rows whose logits exist at a time. Raises DataError where no row has a
-    target.
+    target, ModelError for an exit whose logits are no numbers.
     """
     assert set(policies) <= set(POLICIES), policies
     layers = (*model.config.exit_layers, model.config.num_layers)
@@ -159,7 +159,10 @@ def exit_table(
             rows = model.decoder.packed_rows(batch.positions_BT, batch.documents_BT)
             labels.append(batch.labels_BT[batch.labels_BT != IGNORE].cpu())
             for layer, h_BTD in model.hiddens(batch.tokens_BT, rows):
-                parts[layer].append(ask_exit(model, layer, h_BTD, rows, batch, policies, chunk_size))
+                said = ask_exit(model, layer, h_BTD, rows, batch, policies, chunk_size)
+                if said.nll_N.isnan().any():  # NaN chooses what NaN chooses: the exits would agree
+                    raise ModelError.no_numbers(layer)
+                parts[layer].append(said)
     if not sum(map(len, labels)):
         raise DataError("the text has no token to be predicted; give more of it")
     return ExitTable(torch.cat(labels), {layer: join_rows(parts[layer]) for layer in layers})

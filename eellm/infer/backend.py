@@ -28,7 +28,7 @@ class Backend:
         *,
         quantize: Quantize | None,
         compile: bool | None,
-        cache_dir: Path | None,
+        cache_dir: str | Path | None,
         packed: Packed | None,
         workers: int,
         tp: int,
@@ -37,6 +37,7 @@ class Backend:
     ) -> None:
         """As `Engine`'s. Under torchrun it returns on rank 0 alone."""
         check_workers(workers, tp, compile)
+        cache_dir = None if cache_dir is None else Path(cache_dir)
         met = join(workers, tp) if workers > 1 else None
         self.model = load(model) if isinstance(model, str | Path) else model
         self.quantize, self.compile, self.cache_dir = quantize, compile, cache_dir

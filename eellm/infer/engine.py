@@ -13,8 +13,9 @@ from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Any, Self
 
-from eellm.config.infer import GenerateConfig, generate_config
-from eellm.errors import ConfigError, RequestError, WorkerError
+from eellm.config.check import check_whole
+from eellm.config.infer import GenerateConfig, check_engine, generate_config
+from eellm.errors import RequestError, WorkerError
 from eellm.exits.lm import EarlyExitLM
 from eellm.infer.backend import Backend
 from eellm.infer.decode.make import Methods
@@ -42,7 +43,7 @@ class Engine:
         max_tokens: int = 4096,
         quantize: Quantize | None = None,
         compile: bool | None = None,
-        cache_dir: Path | None = None,
+        cache_dir: str | Path | None = None,
         workers: int = 1,
         tp: int = 1,
         timeout_s: float = 60.0,
@@ -65,8 +66,7 @@ class Engine:
         (see `stats`); not with workers. recall: tokens of finished texts that are remembered, to look drafts up in;
         they change how fast a text is made, never the text; 0: none. packed: where engines of models that share
         parameters share the matrices made of them; not with workers."""
-        if workers > 1 and shadow > 0:
-            raise ConfigError(f"shadow = {shadow}: tokens can't be checked across workers; leave one of the two out")
+        check_engine(max_batch, max_tokens, quantize, compile, workers, tp, timeout_s=timeout_s, shadow=shadow)
         self.recall = Recall(recall)
         self.backend = Backend(
             model,
@@ -177,6 +177,7 @@ class Engine:
         **fields: Any,
     ) -> Scoring:
         """`score` for at least one text, a part at a time: for between two steps."""
+        check_whole("top_logprobs", top_logprobs, 0)
         made = [make_scoring(self.model, text, exit, fields) for text in texts]
         rule = made[0][0]  # all have the same
         check_certified(rule, self.backend.quantize)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from eellm.errors import ModelError
 from eellm.infer.request import Request
 from eellm.infer.result import Generation, Stats, Token
 from eellm.infer.sequence import Sequence
@@ -23,6 +24,8 @@ class Handle(Iterator[Token]):
             with self._engine.lock:  # given back at every tick, so that another thread can cancel
                 if self._seq.new:
                     return self._seq.new.popleft()
+                if self._seq.failure is not None:
+                    raise ModelError(str(self._seq.failure))  # a new one, or it would collect the frames of all
                 if self._seq.finish_reason is not None:
                     raise StopIteration
                 self._engine.step()
@@ -35,6 +38,11 @@ class Handle(Iterator[Token]):
     def finish_reason(self) -> str | None:
         """None while it runs; see `Generation`."""
         return self._seq.finish_reason
+
+    @property
+    def failure(self) -> ModelError | None:
+        """Why it has failed, if it has; iterating it raises this."""
+        return self._seq.failure
 
     @property
     def exits(self) -> list[int]:

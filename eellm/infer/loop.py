@@ -144,7 +144,7 @@ class Loop:
         readings = readings_of(layer, said.logits_NV, said.answers, [policy] * len(said.answers))
         seq.work.count_head(layer)
         if end + 1 == len(self.stops):
-            seq.decode.at_end(seq, readings)
+            seq.at_end(readings)
             return
         is_sure = readings[0].score >= seq.decode.exits(seq)[layer]
         self.sure[layer].update(1, int(is_sure))
@@ -158,7 +158,7 @@ class Loop:
         """An exit is sure of a sequence's newest row: whether that puts off the rest of its way."""
         # the rest of the prompt's way, and of too many that wait, can't be put off
         can_rest = not seq.is_prompt and seq.num_deferred <= seq.decode.max_deferred
-        if not (seq.decode.at_exit(seq, reading) and can_rest):
+        if not (seq.at_exit(reading) and can_rest):
             return False
         seq.frontier = None
         return True
@@ -234,7 +234,7 @@ class Loop:
         readings = self._read(layer, rows_of(h_ND, index), [seq for seq, num in asked for _ in range(num)])
         start = 0
         for seq, num in asked:
-            seq.decode.at_end(seq, readings[start : start + num])
+            seq.at_end(readings[start : start + num])
             start += num
 
     @staticmethod

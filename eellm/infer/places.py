@@ -34,13 +34,17 @@ class Places:
 
     def share_prompt(self, seq: Sequence) -> None:
         """Once a prompt has gone through every layer, requests that begin alike may use its rows."""
-        if not seq.is_shared and seq.passed[-1] >= len(seq.request.tokens):
+        if not seq.is_shared and seq.failure is None and seq.passed[-1] >= len(seq.request.tokens):
             self._commit(seq, len(seq.request.tokens))
             seq.is_shared = True
 
     def take_back(self, seq: Sequence) -> None:
-        """The slot is free; its rows that are true in every layer stay for requests that begin alike."""
-        self._commit(seq, seq.passed[-1])
+        """The slot is free; its rows that are true in every layer stay for requests that begin alike. Those of one that
+        has failed are gone."""
+        if seq.failure is None:
+            self._commit(seq, seq.passed[-1])
+        else:
+            self.memory.wipe(seq.slot)
         self.slots.release(seq.slot)
         seq.waiting = []
 

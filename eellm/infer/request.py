@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from eellm.config.calibrate import Certificate
+from eellm.config.check import check_whole
 from eellm.config.infer import POLICY, GenerateConfig, PolicyName, generate_config, thresholds_by_layer
 from eellm.errors import CertificateError, ConfigError, RequestError
 from eellm.exits.certified import certified
@@ -54,6 +55,8 @@ def make_scoring(
     exit: the layer of the one exit that all tokens take. fields: of the exit policy; none: full depth.
     Raises RequestError for a text that can't be scored, ConfigError for an exit that the model doesn't have.
     """
+    if exit is not None:
+        check_whole("exit", exit, 1)
     if exit is not None and fields:
         raise RequestError(f"exit = {exit} takes one exit for all tokens; leave out {', '.join(fields)}")
     if exit == model.config.num_layers:

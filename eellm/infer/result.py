@@ -65,8 +65,8 @@ class Generation:
     pieces: list[str]
     """The text that became certain with each token."""
     finish_reason: str
-    """`eos`, `stop` (a stop string), `length` (max_new_tokens or the model's context), `cancelled`, or
-    `interrupted` (by Ctrl-C or an error, within a pass of the engine)."""
+    """`eos`, `stop` (a stop string), `length` (max_new_tokens or the model's context), `cancelled`,
+    `interrupted` (by Ctrl-C or an error, within a pass of the engine), or `failed` (see `Handle.failure`)."""
     stats: Stats
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eellm.errors import ModelError
 from eellm.exits.policy import SCORES
 from eellm.infer.attention import PassRows, Span
 from eellm.infer.memory import Memory
@@ -190,6 +191,8 @@ class _Reader:
             z_nD = self.network.normed(stop, attended_ND[open_n])
             logits_nV = self.network.logits(stop, z_nD)
             sure_n = self._scores(stop, z_nD, logits_nV)
+            if sure_n.isnan().any():  # NaN would be below every threshold: nobody would answer
+                raise ModelError.no_numbers(stop)
             takes_n = sure_n >= self.thresholds.get(stop, -1.0)
             taken = open_n[takes_n]
             logits_nV = logits_nV[takes_n]
@@ -198,6 +201,8 @@ class _Reader:
                 for row, logprobs_V in zip(taken.tolist(), logprobs_nV, strict=True):
                     top[row] = likeliest(logprobs_V, self.top_logprobs)
             picked_n = logprobs_nV.gather(-1, target_N[taken, None])[:, 0]
+            if picked_n.isnan().any():  # a gate is sure of what isn't there
+                raise ModelError.no_numbers(stop)
             logprob_N[taken], score_N[taken] = picked_n.double(), sure_n[takes_n].double()
             likeliest_N[taken] = logits_nV.argmax(-1) == target_N[taken]
             exit_N[taken] = stop

@@ -6,10 +6,12 @@ The newest rows are the *frontier*: they must go on, until an exit answers (the 
 end is reached. Invariant: a stop's waiting rows are the newest `passed[i] - passed[i + 1]` of those that passed it.
 """
 
+import math
 import time
 from collections import deque
 from typing import TYPE_CHECKING
 
+from eellm.errors import ModelError
 from eellm.infer.decode.base import Decode
 from eellm.infer.request import Request
 from eellm.infer.result import Generation, Stats, Token, Work
@@ -65,6 +67,8 @@ class Sequence:
         self.finish_reason: str | None = None
         self._end: tuple[int, str] | None = None
         """Once the last token is on its way out: how many there are with it, and why it is the last."""
+        self.failure: ModelError | None = None
+        """Why it has failed, if it has."""
         self.times: list[float] = []
         """When it was admitted, and when each token was emitted."""
         self._decoder = StreamDecoder(tokenizer) if tokenizer is not None else None
@@ -120,6 +124,22 @@ class Sequence:
         self.waiting = []
 
     # --- tokens ---
+
+    def at_exit(self, reading: "Reading") -> bool:
+        """As `Decode.at_exit`."""
+        return self._are_numbers([reading]) and self.decode.at_exit(self, reading)
+
+    def at_end(self, readings: "list[Reading]") -> None:
+        """As `Decode.at_end`."""
+        if self._are_numbers(readings):
+            self.decode.at_end(self, readings)
+
+    def _are_numbers(self, readings: "list[Reading]") -> bool:
+        """Whether the readings say anything. Where one doesn't, this request fails, and no other."""
+        bad = next((reading for reading in readings if math.isnan(reading.logprob)), None)
+        if bad is not None and self.finish_reason is None:
+            self.failure, self.finish_reason = ModelError.no_numbers(bad.layer), "failed"
+        return bad is None
 
     def answer(self, reading: "Reading") -> None:
         """Draws the next token from a row's logits, emits it, and feeds it."""

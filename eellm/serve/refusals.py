@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Self
 
-from eellm.errors import EellmError, WorkerError
+from eellm.errors import EellmError, ModelError, WorkerError
 
 _TYPES = {
     401: "authentication_error",
@@ -51,6 +51,8 @@ def refusal_of(error: BaseException) -> Refusal:
         return Refusal(
             503, "a worker process of the model is lost; the server must be started anew", code="worker_lost"
         )
+    if isinstance(error, ModelError):
+        return Refusal(500, str(error), code="model_failed")
     if isinstance(error, EellmError):
         return Refusal(400, str(error))
     return Refusal(500, "the server failed; its log says why")

@@ -214,7 +214,10 @@ class Worker:
             new = handle.take()
             if new:
                 job.times += [now] * len(new)
-            if handle.finish_reason is not None:
+            if handle.failure is not None:
+                over.append(job)
+                items.append((job, Progress(job.index, [*job.kept, *new], error=refusal_of(handle.failure))))
+            elif handle.finish_reason is not None:
                 over.append(job)
                 items.append((job, self._last(job, [*job.kept, *new])))
             elif now > job.deadline_s:

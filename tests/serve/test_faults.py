@@ -11,6 +11,7 @@ from collections import Counter
 import httpx
 import openai
 import pytest
+import torch
 
 import eellm
 from eellm.errors import WorkerError
@@ -271,6 +272,23 @@ def test_a_bug_in_one_request_s_beginning_ends_that_request_alone(server, monkey
     assert "AssertionError: a bug" in caplog.text
     assert ask(server).status_code == 200
     eventually(server.is_idle)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_for_which_the_model_says_no_numbers_fails_alone(stream):
+    model = served_model()
+    with torch.no_grad():
+        model.decoder.embed.weight[7] = torch.nan
+        model.decoder.output.weight[7] = model.decoder.output.weight[0]  # so that no answer says it
+    with serving({"tiny": model}, max_tokens=100) as server:
+        bad = {"prompt": [5, 7, 9], "max_tokens": 4, "early_exit": {"method": "full"}}
+        good = bad | {"prompt": [5, 6, 9]}
+        answer = ask(server, **bad, stream=stream)
+        assert "are no numbers (NaN)" in answer.text
+        assert "model_failed" in answer.text
+        assert stream or answer.status_code == 500
+        assert ask(server, **good).status_code == 200
+        eventually(server.is_idle)
 
 
 @pytest.mark.parametrize(("error", "status"), [(WorkerError("worker 1 died"), 503), (AssertionError("a bug"), 500)])

@@ -85,6 +85,9 @@ class PipelinedMemory:
         self.own.copy(source, target, num_rows)
         self.crew.send(e.COPY, (source, target, num_rows))
 
+    def wipe(self, slot: int) -> None:
+        self.copy(slot, slot, self.capacity)
+
 
 def own_layers(config: ModelConfig) -> frozenset[int]:
     """Layers of the exits that keep keys and values of their own, on whatever stage."""
@@ -226,7 +229,7 @@ class PipelinedLoop(Loop):
             if not flight.entry.is_judged:
                 self._progress(seq).asked -= flight.entry.num_readings
             if seq.finish_reason is None:
-                seq.decode.at_exit(seq, reading)
+                seq.at_exit(reading)
         # NOTE the last stage's word can overtake the answer of a stage before it
         if flight.end is not None and (flight.is_heard or flight.end.layer == 0):
             self._end(flight, flight.end)
@@ -245,7 +248,7 @@ class PipelinedLoop(Loop):
         if seq.finish_reason is None and 0 < seq.decode.num_readings(seq) == len(progress.readings):
             readings = progress.readings
             progress.asked, progress.readings = 0, []
-            seq.decode.at_end(seq, readings)
+            seq.at_end(readings)
 
     def _take_asked(self, seq: Served, record: Record) -> None:
         """The exits that workers asked about the newest row."""
