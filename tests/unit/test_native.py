@@ -84,6 +84,7 @@ ARCHITECTURES = {
     "biases": {"qkv_bias": True, "attention_out_bias": True, "mlp_bias": True},
     "window": {"sliding_window": 5, "sliding_layers": (1, 3)},
     "wide heads": {"head_dim": 64, "num_heads": 2},
+    "widest heads": {"head_dim": 256, "num_heads": 2},
     "gelu": {"activation": "gelu"},
     "gelu_tanh": {"activation": "gelu_tanh"},
 }

@@ -1,20 +1,28 @@
 // One row's query head over its sequence's keys and values, in their order.
 #pragma once
+#include <algorithm>
+
 #include "vector.h"
 
-// E16: the head's width over sixteen. scores: room for `count`.
+// E16: the head's width over sixteen. scores: room for `count` and 15 more.
 template <int E16>
 static inline void attend_to(const float* q, const float* keys, const float* values, int64_t count, float* scores, float* y) {
     constexpr int64_t E = E16 * 16;
-    v16 query[E16];
+    Many<E16> query;
     times<E16>([&](auto e) { query[e] = load(q + e * 16); });
-    float scale = 1.0f / std::sqrt(static_cast<float>(E)), top = -INFINITY;
-    for (int64_t s = 0; s < count; s++) {
-        v16 dot = query[0] * load(keys + s * E);
-        times<E16 - 1>([&](auto e) { dot += query[e + 1] * load(keys + s * E + (e + 1) * 16); });
-        scores[s] = sum(dot) * scale;
-        top = scores[s] > top ? scores[s] : top;
+    float scale = 1.0f / std::sqrt(static_cast<float>(E));
+    v16 tops = all(-INFINITY);
+    for (int64_t s = 0; s < count; s += 16) {
+        v16 found = sums([&](int64_t k) {
+            const float* key = keys + std::min(s + k, count - 1) * E;  // there may be no memory behind the last
+            v16 dot = query[at<0>] * load(key);
+            times<E16 - 1>([&](auto e) { dot += query[at<e + 1>] * load(key + (e + 1) * 16); });
+            return dot;
+        }) * scale;
+        tops = larger(found, tops);
+        store(scores + s, found);
     }
+    float top = largest(tops);
     for (int64_t s = count; s % 16; s++) scores[s] = -INFINITY;  // as good as 0 in the sum, which is at least 1
     v16 total = {};
     for (int64_t s = 0; s < count; s += 16) {
@@ -22,11 +30,15 @@ static inline void attend_to(const float* q, const float* keys, const float* val
         store(scores + s, weight);
         total += weight;
     }
-    v16 acc[E16] = {};
-    for (int64_t s = 0; s < count; s++)
-        times<E16>([&](auto e) { acc[e] += load(values + s * E + e * 16) * scores[s]; });
+    // keys take turns with SETS sums: the next product need not wait for the last
+    constexpr int SETS = PARTS == 1 && E16 <= 8 ? 2 : 1;
+    Many<E16> acc[SETS];
+    for (int64_t s = 0; s < count; s += SETS)
+        times<SETS>([&](auto k) {
+            if (k == 0 || s + k < count) times<E16>([&](auto e) { acc[k][e] += load(values + (s + k) * E + e * 16) * scores[s + k]; });
+        });
     float share = 1.0f / sum(total);
-    times<E16>([&](auto e) { store(y + e * 16, acc[e] * share); });
+    times<E16>([&](auto e) { store(y + e * 16, (SETS == 2 ? acc[0][e] + acc[SETS - 1][e] : acc[0][e]) * share); });
 }
 
 static inline void attend(int64_t E, const float* q, const float* keys, const float* values, int64_t count, float* scores, float* y) {

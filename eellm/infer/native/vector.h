@@ -1,6 +1,6 @@
 // Sixteen floats at a time: one register of AVX-512, two of AVX2, four of NEON.
 #pragma once
-#if defined(__AVX2__) || defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -52,8 +52,35 @@ static inline void times(const F& f, std::integer_sequence<int, K...>) { (f(std:
 template <int N, class F>
 static inline void times(const F& f) { times(f, std::make_integer_sequence<int, N>{}); }
 
+template <int K>
+constexpr std::integral_constant<int, K> at{};
+
+// N vectors, at first 0, found by constants: members instead of an array, for compilers keep arrays in memory, and write
+// every sum there with every product.
+template <int N>
+struct Many {
+    v16 first = {};
+    Many<N - 1> rest;
+    template <int K>
+    v16& operator[](std::integral_constant<int, K>) {
+        if constexpr (K == 0) return first;
+        else return rest[at<K - 1>];
+    }
+};
+template <>
+struct Many<0> {};
+
+#if defined(__AVX512F__)
+// NOTE Clang forgets a vector's alignment in templates, and takes addresses for multiples of 64
+static inline v16 load(const float* p) { return _mm512_loadu_ps(p); }
+static inline void store(float* p, const v16& x) { _mm512_storeu_ps(p, x); }
+#elif defined(__AVX__)
+static inline v16 load(const float* p) { return by_part([=](int k) -> part { return _mm256_loadu_ps(p + 8 * k); }); }
+static inline void store(float* p, const v16& x) { times<PARTS>([&](auto k) { _mm256_storeu_ps(p + 8 * k, x.at[k]); }); }
+#else
 static inline v16 load(const float* p) { return *reinterpret_cast<const v16*>(p); }
 static inline void store(float* p, const v16& x) { *reinterpret_cast<v16*>(p) = x; }
+#endif
 
 // What a function makes of each part.
 template <class F>
@@ -113,6 +140,31 @@ static inline float sum(const v16& x) {
     float s[8];
     for (int i = 0; i < 8; i++) s[i] = x[i] + x[i + 8];
     return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+}
+
+// The sums of sixteen vectors, f(0) … f(15), each to the last bit what `sum` makes of it: they are folded two by two, so
+// that a register holds partial sums of two, then four, … vectors, and sixteen cost little more than one.
+template <class F>
+static inline v16 sums(const F& f) {
+#if defined(__AVX512F__)
+    auto fold8 = [](__m512 x, __m512 y) { return _mm512_shuffle_f32x4(x, y, 0x44) + _mm512_shuffle_f32x4(x, y, 0xee); };
+    auto fold4 = [](__m512 x, __m512 y) { return _mm512_shuffle_f32x4(x, y, 0x88) + _mm512_shuffle_f32x4(x, y, 0xdd); };
+    auto fold2 = [](__m512 x, __m512 y) { return _mm512_shuffle_ps(x, y, 0x44) + _mm512_shuffle_ps(x, y, 0xee); };
+    auto fold1 = [](__m512 x, __m512 y) { return _mm512_shuffle_ps(x, y, 0x88) + _mm512_shuffle_ps(x, y, 0xdd); };
+    auto four = [&](int64_t k) { return fold4(fold8(f(k), f(k + 4)), fold8(f(k + 8), f(k + 12))); };
+    return fold1(fold2(four(0), four(1)), fold2(four(2), four(3)));
+#elif defined(__AVX2__)
+    auto fold8 = [](const v16& x) -> __m256 { return x.at[0] + x.at[1]; };
+    auto fold4 = [](__m256 x, __m256 y) { return _mm256_permute2f128_ps(x, y, 0x20) + _mm256_permute2f128_ps(x, y, 0x31); };
+    auto fold2 = [](__m256 x, __m256 y) { return _mm256_shuffle_ps(x, y, 0x44) + _mm256_shuffle_ps(x, y, 0xee); };
+    auto fold1 = [](__m256 x, __m256 y) { return _mm256_shuffle_ps(x, y, 0x88) + _mm256_shuffle_ps(x, y, 0xdd); };
+    auto two = [&](int64_t k) { return fold4(fold8(f(k)), fold8(f(k + 4))); };
+    return by_part([&](int k) -> part { return fold1(fold2(two(8 * k), two(8 * k + 1)), fold2(two(8 * k + 2), two(8 * k + 3))); });
+#else
+    v16 y;
+    for (int k = 0; k < 16; k++) y[k] = sum(f(k));
+    return y;
+#endif
 }
 
 static inline float largest(const v16& x) {
