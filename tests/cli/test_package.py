@@ -4,6 +4,7 @@ Modules are counted, not seconds: those depend on what else the machine does. `e
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,3 +62,11 @@ def test_importing_and_help_load_no_library(code):
     loaded = set(run(sys.executable, "-c", code).rpartition("|")[2].split())
     assert "eellm" in loaded
     assert loaded & HEAVY == set()
+
+
+def test_readme_says_how_many_lines_there_are_to_read():
+    kinds = {".py", ".cpp", ".h", ".js", ".css", ".html", ".jinja"}
+    files = [path for path in ROOT.glob("eellm/**/*") if path.suffix in kinds]
+    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
+    (said,) = re.findall(r"^About ([\d,]+) lines", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert abs(int(said.replace(",", "")) / lines - 1) < 0.05, f"{lines} lines"
