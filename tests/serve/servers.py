@@ -57,6 +57,10 @@ class TestServer:
     def engine(self):
         return next(iter(self.server.served.values())).engine
 
+    def is_ending_all(self) -> bool:
+        """Whether word to end it waits for the thread from each open job, behind word to begin some of them."""
+        return self.worker._inbox.qsize() >= 2 * self.worker.num_open - len(self.worker._jobs)
+
     def is_idle(self) -> bool:
         stats = self.engine.stats()
         return self.worker.num_open == 0 == stats.num_running == stats.num_waiting and self.server.num_open == 0

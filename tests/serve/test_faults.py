@@ -68,7 +68,7 @@ def test_a_client_that_leaves_while_it_waits_takes_its_place_in_the_queue_along(
         eventually(lambda: server.worker.num_open == 6)
         for connection in connections:
             connection.close()
-        eventually(lambda: server.worker._inbox.qsize() >= 6 or server.worker.num_open == 0)
+        eventually(server.is_ending_all)
         go(2)
         eventually(server.is_idle)
     assert server.engine.stats().num_free_slots == 4

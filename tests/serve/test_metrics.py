@@ -59,7 +59,7 @@ def test_a_client_that_left_while_it_waited_has_made_nothing(server):
         eventually(lambda: server.worker.num_open == 5)
         for connection in connections:
             connection.close()
-        eventually(lambda: server.worker._inbox.qsize() >= 5 or server.worker.num_open == 0)
+        eventually(server.is_ending_all)
         go(2)
         eventually(server.is_idle)
     assert answers(server) == {"cancelled": 5}
