@@ -15,7 +15,7 @@ help:
 	@echo "make coverage     test-all, and which lines of eellm it runs"
 	@echo "make check        style, types, layers"
 	@echo "make docs         the documentation, into site/"
-	@echo "make bench        all benchmarks in their short form, against other programs (15 minutes; bench-out/report.md)"
+	@echo "make bench        all benchmarks in their short form, against other programs (20 minutes; bench-out/report.md)"
 	@echo "make bench-full   the same in their long form (about six hours)"
 	@echo "make english      trains the English model of the docs (about two hours on two cores; goes on where it stopped)"
 

@@ -2,7 +2,7 @@
 
     python benchmarks/suite.py [--full] [--only PART ...] [--anew] [--python PYTHON] [--out bench-out] [--list]
 
-`make bench` is the short form, about 15 minutes on two idle cores, `make bench-full` the long one, about six hours;
+`make bench` is the short form, about 20 minutes on two idle cores, `make bench-full` the long one, about six hours;
 both are estimates, and what each part took stands in the report. Beforehand the peers are installed into environments
 of their own (`peers.py`), some minutes at the first time; --python names one interpreter to use instead, as far as it
 has them.
