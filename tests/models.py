@@ -111,3 +111,13 @@ def agreeing_model(*, seed=0, change=0.15, **changes) -> eellm.EarlyExitLM:
     for name in model.exits:
         model.exit(int(name)).norm.weight.copy_(model.decoder.norm.weight)
     return model
+
+
+@torch.no_grad()
+def afraid_of(model, token):
+    """The same model, which makes no numbers of texts with that token, and never says it itself."""
+    model.decoder.embed.weight[token] = torch.nan
+    for matrix in (model.decoder.output, *(exit.output for exit in model.exits.values())):
+        if matrix is not None:
+            matrix.weight[token] = matrix.weight[0]  # of two that are as likely the first is said
+    return model

@@ -6,6 +6,7 @@ Shapes: P positions, H query heads, K key/value heads, E head width.
 """
 
 import threading
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -14,28 +15,40 @@ from eellm.config.model import ModelConfig
 from eellm.model.rope import Rope
 
 
-class Angles:
-    """Tables for positions 0 .. P - 1, which grow by doubling."""
+class Tables(ABC):
+    """cos and sin for positions 0 .. P - 1, which grow by doubling; engines in several threads may share them."""
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.rope = Rope(config)
-        self.num_turned = config.num_heads + config.kv_heads
-        self.num_heads = self.num_turned + config.kv_heads
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
         self.device = device
         empty = torch.zeros(0, dtype=dtype, device=device)
         self.tables = empty, empty
-        """cos and sin, (P, H + 2K, E); another pair when they have grown, for other threads may be reading these."""
+        """Another pair when they have grown, for other threads may be reading these."""
         self._lock = threading.Lock()
-        self.reserve(64)
 
-    def reserve(self, num_positions: int) -> None:
-        """Makes tables of at least so many positions; they never get shorter."""
+    def reserve(self, num_positions: int) -> tuple[Tensor, Tensor]:
+        """Tables of at least so many positions; they never get shorter."""
         if num_positions > len(self.tables[0]):
             with self._lock:  # tables that another thread has made longer meanwhile stay
                 known = len(self.tables[0])
                 if num_positions > known:
-                    self.tables = self._made(max(num_positions, 2 * known))
+                    self.tables = self._made(max(num_positions, 2 * known, 64))
+        return self.tables
+
+    @abstractmethod
+    def _made(self, num_positions: int) -> tuple[Tensor, Tensor]:
+        """The tables of so many positions."""
+
+
+class Angles(Tables):
+    """(P, H + 2K, E)."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(dtype, device)
+        self.rope = Rope(config)
+        self.num_turned = config.num_heads + config.kv_heads
+        self.num_heads = self.num_turned + config.kv_heads
+        self.reserve(64)
 
     def _made(self, num_positions: int) -> tuple[Tensor, Tensor]:
         cos, sin = self.rope(torch.arange(num_positions, device=self.device), self.dtype)

@@ -67,11 +67,14 @@ class Memory:
             part.update(dict.fromkeys(part, self._empty))
 
     def copy(self, source: int, target: int, num_rows: int) -> None:
-        """The first rows of one slot into another; into itself, zeros."""
+        """The first rows of one slot into another."""
         for part in (self.layers, self.exits):
             for kv in part.values():
-                kv[target, :, :num_rows] = 0 if source == target else kv[source, :, :num_rows]
+                kv[target, :, :num_rows] = kv[source, :, :num_rows]
 
     def wipe(self, slot: int) -> None:
-        """Rows that are no numbers would make those that attend beside them NaN, even under a mask."""
-        self.copy(slot, slot, self.capacity)
+        """Zeros in all rows of a slot. Rows that are no numbers would make those that attend beside them NaN, even
+        under a mask."""
+        for part in (self.layers, self.exits):
+            for kv in part.values():
+                kv[slot] = 0

@@ -147,6 +147,17 @@ def raw(server: TestServer) -> socket.socket:
     return connection
 
 
+def left_while_waiting(server: TestServer, number: int, body: dict) -> None:
+    """So many clients ask for it and leave; returns when the engine's thread, held as it is, is to hear of all."""
+    connections = [raw(server) for _ in range(number)]
+    for connection in connections:
+        connection.sendall(request_bytes(body))
+    eventually(lambda: server.worker.num_open == number)
+    for connection in connections:
+        connection.close()
+    eventually(server.is_ending_all)
+
+
 def request_bytes(body: dict, path="/v1/completions", headers=()) -> bytes:
     data = json.dumps(body).encode()
     lines = [f"POST {path} HTTP/1.1", "host: 127.0.0.1", "content-type: application/json", *headers]

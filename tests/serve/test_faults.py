@@ -17,7 +17,16 @@ import eellm
 from eellm.errors import WorkerError
 from eellm.infer.drafts import DraftPlan
 from eellm.infer.score import CHUNK, Scoring
-from tests.serve.servers import eventually, held, raw, read_all, request_bytes, served_model, serving
+from tests.serve.servers import (
+    eventually,
+    held,
+    left_while_waiting,
+    raw,
+    read_all,
+    request_bytes,
+    served_model,
+    serving,
+)
 
 LONG = {"model": "tiny", "prompt": "x", "max_tokens": 4000, "temperature": 0, "ignore_eos": True}
 SHORT = {"model": "tiny", "prompt": "for x in", "max_tokens": 12, "temperature": 0}
@@ -62,13 +71,7 @@ def test_a_client_that_leaves_frees_its_slot_before_the_next_step_but_one(server
 
 def test_a_client_that_leaves_while_it_waits_takes_its_place_in_the_queue_along(server):
     with held(server.engine) as go:
-        connections = [raw(server) for _ in range(6)]
-        for connection in connections:
-            connection.sendall(request_bytes(LONG))
-        eventually(lambda: server.worker.num_open == 6)
-        for connection in connections:
-            connection.close()
-        eventually(server.is_ending_all)
+        left_while_waiting(server, 6, LONG)
         go(2)
         eventually(server.is_idle)
     assert server.engine.stats().num_free_slots == 4

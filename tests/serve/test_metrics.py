@@ -2,7 +2,16 @@
 
 import pytest
 
-from tests.serve.servers import eventually, held, raw, read_all, request_bytes, served_model, serving
+from tests.serve.servers import (
+    eventually,
+    held,
+    left_while_waiting,
+    raw,
+    read_all,
+    request_bytes,
+    served_model,
+    serving,
+)
 
 LONG = {"model": "tiny", "prompt": "for x in", "max_tokens": 200, "ignore_eos": True, "early_exit": {"method": "full"}}
 
@@ -53,13 +62,7 @@ def test_tokens_of_a_client_that_left_are_counted(server, stream):
 
 def test_a_client_that_left_while_it_waited_has_made_nothing(server):
     with held(server.engine) as go:
-        connections = [raw(server) for _ in range(5)]
-        for connection in connections:
-            connection.sendall(request_bytes(LONG))
-        eventually(lambda: server.worker.num_open == 5)
-        for connection in connections:
-            connection.close()
-        eventually(server.is_ending_all)
+        left_while_waiting(server, 5, LONG)
         go(2)
         eventually(server.is_idle)
     assert answers(server) == {"cancelled": 5}

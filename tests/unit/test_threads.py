@@ -7,8 +7,7 @@ import pytest
 import eellm
 from eellm.infer.angles import Angles
 from eellm.infer.attention import Span
-from eellm.infer.native.rows import Angles as NativeAngles
-from eellm.infer.native.rows import NativeRows
+from eellm.infer.native.rows import NativeAngles, NativeRows
 from eellm.model.rope import Rope
 from tests.models import needs_compiler, tiny_config, tiny_model
 

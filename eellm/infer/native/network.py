@@ -21,7 +21,7 @@ from eellm.infer.attention import PassRows, Span
 from eellm.infer.memory import Memory
 from eellm.infer.native import structs
 from eellm.infer.native.build import BuildError, library
-from eellm.infer.native.rows import Angles, NativeMemory, NativeRows
+from eellm.infer.native.rows import NativeAngles, NativeMemory, NativeRows
 from eellm.infer.native.walk import COLUMNS, Walk, answers_in, make_table
 from eellm.infer.network import Answer, Gone, Leg, Network
 from eellm.infer.packing import Packed, once, side_by_side
@@ -67,7 +67,7 @@ class NativeNetwork(Network):
         self._quantize: Quantize | None = quantize
         self._cache = None if cache_dir is None else QuantizeCache(cache_dir / "rounded")
         self._packed = packed
-        self._angles = Angles(Rope(self.config))
+        self._angles = NativeAngles(Rope(self.config))
         decoder = model.decoder
         self._layers = {n: self._layer(decoder.layer(n)) for n in self.held}
         self._layer_list = (c_void_p * len(self.held))(*map(ctypes.addressof, self._layers.values()))

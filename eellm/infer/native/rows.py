@@ -1,7 +1,6 @@
 """The rows of a pass, the angles of their positions, and where their keys and values lie, as the kernels read them."""
 
 import ctypes
-import threading
 from array import array
 from collections.abc import Sequence
 from ctypes import c_void_p
@@ -9,6 +8,7 @@ from ctypes import c_void_p
 import torch
 from torch import Tensor
 
+from eellm.infer.angles import Tables
 from eellm.infer.attention import PassRows, Span
 from eellm.infer.memory import Memory
 from eellm.infer.native import structs
@@ -18,7 +18,7 @@ from eellm.model.rope import Rope
 class NativeRows(PassRows):
     """Slots and positions of the rows of a pass."""
 
-    def __init__(self, spans: Sequence[Span], angles: "Angles") -> None:
+    def __init__(self, spans: Sequence[Span], angles: "NativeAngles") -> None:
         super().__init__(spans)
         cos, sin = angles.reserve(max(span.end for span in self.spans))
         slots, positions = array("i"), array("i")
@@ -35,26 +35,16 @@ class NativeRows(PassRows):
         )
 
 
-class Angles:
-    """cos and sin of all positions, (positions, E / 2); they grow by doubling."""
+class NativeAngles(Tables):
+    """(P, E / 2), float32 on the CPU."""
 
     def __init__(self, rope: Rope) -> None:
+        super().__init__(torch.float32, torch.device("cpu"))
         self.rope = rope
-        empty = torch.zeros(0, dtype=torch.float32)
-        self.tables = empty, empty
-        """cos and sin; another pair when they have grown, for other threads may be reading these."""
-        self._lock = threading.Lock()
 
-    def reserve(self, num_positions: int) -> tuple[Tensor, Tensor]:
-        """Tables of at least so many positions."""
-        if num_positions > len(self.tables[0]):
-            with self._lock:  # a table that another thread has made longer meanwhile stays
-                known = len(self.tables[0])
-                if num_positions > known:
-                    positions = torch.arange(max(num_positions, 2 * known, 64))
-                    cos, sin = self.rope(positions, torch.float32)
-                    self.tables = cos.contiguous(), sin.contiguous()
-        return self.tables
+    def _made(self, num_positions: int) -> tuple[Tensor, Tensor]:
+        cos, sin = self.rope(torch.arange(num_positions), self.dtype)
+        return cos.contiguous(), sin.contiguous()
 
 
 class NativeMemory(Memory):

@@ -26,6 +26,8 @@ PROBE = 4
 STOP = 5
 REPLY = 6
 """Records."""
+WIPE = 7
+"""Zeros in all rows of a slot."""
 # kinds of records, in a reply
 ANSWER = 1
 """An exit is sure of an entry's newest row."""

@@ -86,7 +86,8 @@ class PipelinedMemory:
         self.crew.send(e.COPY, (source, target, num_rows))
 
     def wipe(self, slot: int) -> None:
-        self.copy(slot, slot, self.capacity)
+        self.own.wipe(slot)
+        self.crew.send(e.WIPE, (slot,))
 
 
 def own_layers(config: ModelConfig) -> frozenset[int]:

@@ -35,7 +35,8 @@ CUT_INPUTS = ("attn.out", "mlp.down")
 # kinds of calls
 RESERVE = t.FORGET + 1
 COPY = RESERVE + 1
-RUN = COPY + 1
+WIPE = COPY + 1
+RUN = WIPE + 1
 ATTEND = RUN + 1
 NORM = ATTEND + 1
 READ = NORM + 1
@@ -160,6 +161,10 @@ class PartMemory(Memory):
         with self.lead.call(COPY, (self.number, source, target, num_rows)):
             super().copy(source, target, num_rows)
 
+    def wipe(self, slot: int) -> None:
+        with self.lead.call(WIPE, (self.number, slot)):
+            super().wipe(slot)
+
 
 def _number(memory: Memory) -> int:
     assert isinstance(memory, PartMemory), "a network's memory is made by it"
@@ -197,6 +202,8 @@ class Follower:
             self.memories.setdefault(values[0], part.new_memory()).reserve(*values[1:])
         elif kind == COPY:
             self.memories[values[0]].copy(*values[1:])
+        elif kind == WIPE:
+            self.memories[values[0]].wipe(*values[1:])
         else:
             h_ND = message.tensor(part.dtype, part.config.hidden_size).to(part.device)
             if kind == RUN:

@@ -118,6 +118,8 @@ class Worker:
                 continue
             if message.kind == e.COPY:
                 self.stage.memory.copy(*map(int, message.values))
+            elif message.kind == e.WIPE:
+                self.stage.memory.wipe(*map(int, message.values))
             elif message.kind == e.RESERVE:
                 self.stage.memory.reserve(*map(int, message.values))
             elif message.kind == e.PROBE:
